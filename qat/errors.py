@@ -1,13 +1,13 @@
-"""The exception of qat's own messages to users, which commands print as a single line."""
+"""The exception for qat's own messages to users, which commands print as a single line."""
 
 import re
 
 
 class UsageError(ValueError):
-    """A setting, path or file that cannot be used.
+    """A setting, path, file or model that cannot be used, or a missing library.
 
-    The message is one line that names the setting, its value and what is allowed. Line breaks in
-    reasons of other libraries become spaces.
+    The message is one line that names the problem and usually what is allowed. Line breaks in it
+    become spaces.
     """
 
     def __init__(self, message: str) -> None:

@@ -66,8 +66,8 @@ def _make_normalization(settings: DataSettings) -> Callable[[Tensor], Tensor]:
 def eval_transform(settings: DataSettings) -> Transform:
     """Preprocessing for evaluation, for an image of any size with `in_chans` channels.
 
-    The image is resized to a square or, if `crop_pct` is set, scaled and cropped by timm; then
-    values are scaled to [0, 1] and normalized.
+    The image is resized to a square or, if `crop_pct` is set, scaled and cropped as `crop_mode`
+    says; then values are scaled to [0, 1] and normalized.
     """
     if settings.crop_pct is None:
         apply = v2.Compose([partial(resize_square, size=settings.image_size), _to_tensor])
@@ -141,14 +141,14 @@ def _limit_levels(augmentation: Any) -> None:
         for operation in itertools.chain(getattr(step, "ops", ()), *getattr(step, "policy", ())):
             if operation.magnitude_max is None:
                 # timm stops at level 10. Stay just below, because at 10 Solarize changes nothing
-                # and PosterizeIncreasing keeps no bits. A string with `mmax` sets its own maximum.
+                # and PosterizeIncreasing keeps no bits. `mmax` in `rand_augment` replaces the 10.
                 operation.magnitude_max = math.nextafter(10, 0)
             if operation.name.startswith("Posterize"):
                 operation.aug_fn = _posterize
 
 
 def _posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:
-    """Keep at least 1 bit per channel, because Pillow refuses 0 bits, timm's lowest level."""
+    """Keep at least 1 bit per channel, because timm may ask for 0 bits, which Pillow refuses."""
     return image if bits >= 8 else ImageOps.posterize(image, max(bits, 1))
 
 
@@ -160,7 +160,7 @@ def _timm_transform(settings: DataSettings, **options: Any) -> Any:
 
 
 class BatchMixup:
-    """Mixes each image of a batch, and its class, with the opposite image (first with last).
+    """Mixes opposite images of a batch (first with last) and their classes, at random.
 
     Labels are smoothed in the loss, not here: cross-entropy smooths probabilities as timm smooths
     one-hot classes.
@@ -198,7 +198,7 @@ class BatchMixup:
             the unchanged arguments.
 
         Raises:
-            UsageError: B is odd.
+            UsageError: B is odd, in an epoch with mixing.
         """
         if self.off_epoch and epoch >= self.off_epoch:
             return images, target

@@ -27,9 +27,9 @@ from qat.nn import BOXES, LOGITS, named_outputs
 from qat.quantizers import Fp8Grid, UniformGrid
 from qat.utils.probing import probing
 
-# Logits, and boxes as fractions of the image's sides, count as equal if they differ by at most
-# this. For other outputs, such as embeddings, the limit is relative to the largest value, if that
-# is above 1.
+# Outputs of a model with logits count as equal if they differ by at most this; boxes are fractions
+# of the image's sides. For other models, such as encoders, the limit is relative to the largest
+# value of each output, if that is above 1.
 TOLERANCE = 1e-4
 # Maximum number of images whose codes are compared; only images whose outputs differ are examined.
 MAX_EXAMINED = 16
@@ -76,7 +76,7 @@ class Agreement:
         num_unexplained: number of images on which the file also differs from its own graph, run
             operator by operator, by more than rounding explains. Only `MAX_EXAMINED` of the images
             in `num_differing` are examined.
-        problem: reason not to use the file in this runtime; None = the file agrees with the model.
+        problem: reason not to use the file in this runtime; None = no problem was found.
     """
 
     images: int = 0
@@ -121,12 +121,12 @@ class CheckResult:
 
     @property
     def top1(self) -> float:
-        """Lowest percentage of images with the same class, of all runtimes; 0 for encoders."""
+        """Lowest percentage of images with the same class, of runtimes that ran; 0 for encoders."""
         agreements = [agreement for agreement in self.agreement.values() if agreement.images]
         return min(100 * agreement.same_top1 / agreement.images for agreement in agreements)
 
     def to_text(self) -> str:
-        """Describe the comparison for the user, one line per runtime."""
+        """Describe the comparison in each runtime for the user."""
         lines = []
         for runtime, agreement in self.agreement.items():
             if agreement.images:
@@ -137,7 +137,11 @@ class CheckResult:
 
 
 def check_onnx(net: nn.Module, path: Path, batches: Iterable[Tensor]) -> CheckResult:
-    """Compare an ONNX file with its model on images (B, C, H, W), in all installed runtimes."""
+    """Compare an ONNX file with its model on images (B, C, H, W), also in OpenVINO if installed.
+
+    Raises:
+        UsageError: onnxruntime cannot open the file.
+    """
     import onnx  # noqa: PLC0415  (an extra)
 
     model = onnx.load(str(path))
@@ -185,8 +189,8 @@ def check_difference(
         images: (B, C, H, W) each.
         rounding: function that changes images slightly, to show how much values on thresholds can
             change the outputs.
-        factor: outputs may differ by this multiple of what `rounding` changes in them, and by
-            `MAX_RELATIVE_ERROR` in any case.
+        factor: outputs may differ by this multiple of what `rounding` changes in them, or by
+            `MAX_RELATIVE_ERROR` if that is more.
     """
     rounded = compare(net, lambda x: net(rounding(x)), None, images)
     allowed = max(MAX_RELATIVE_ERROR, factor * rounded.relative_error)
@@ -198,7 +202,7 @@ def check_difference(
 
 
 def _message(error: RuntimeError) -> str:
-    """The message of an OpenVINO error, in one line and without names of source files."""
+    """An OpenVINO error's message, shortened to one line without names of source files."""
     lines = [line for line in str(error).splitlines() if not line.startswith("Exception from ")]
     return " ".join(" ".join(lines).split())[:200]
 
@@ -288,7 +292,7 @@ def _concatenate(batches: Iterable[Outputs]) -> Outputs:
 
 
 def _match_queries(expected: Outputs, actual: Outputs) -> Outputs:
-    """Reorder a detector's queries, one to one, to be nearest to the expected boxes and scores.
+    """Reorder a detector's queries to match the expected boxes and scores, one to one.
 
     A detector that selects queries by score may return them in another order. Outputs of other
     models are returned unchanged.
@@ -331,7 +335,7 @@ def _largest(values: Iterable[float]) -> float:
 
 
 def _min_cosine(expected: Tensor, actual: Tensor) -> float:
-    """Lowest cosine similarity between the outputs for an image."""
+    """Lowest cosine similarity, over the images, of expected and actual output."""
     return float(F.cosine_similarity(expected.flatten(1), actual.flatten(1)).min())
 
 
@@ -371,7 +375,7 @@ def _first_difference(expected: tuple[Outputs, Codes], actual: tuple[Outputs, Co
 
 
 def outputs_and_codes(net: nn.Module, image: Tensor) -> tuple[Outputs, Codes]:
-    """Outputs of a model for an image, and the codes of its activations."""
+    """Outputs of a model for an image (1, C, H, W), and codes of uniform and E4M3 activations."""
     codes: Codes = {}
 
     def record(name: str, quantizer: Any, args: tuple[Tensor, ...]) -> None:

@@ -1,10 +1,10 @@
 """Tensors of codes that stand in for a model's tensors while the model is written as a graph.
 
-Views and products work on the codes; all other operators get plain numbers. The model runs twice.
-The first run is on an image: a tensor carries its scale, shift and offset, which follow every view
-of the tensor, and each product determines which of the three can be applied outside its sum
-(`plan.py`). In the second run, torch traces the model: a tensor has only 8-bit codes, and each
-product writes the operators that were planned for it (`write.py`).
+Views and products work on the codes; all other operators get plain numbers. For target `cpu`, the
+model runs twice. The first run is on an image: a tensor carries its scale, shift and offset, which
+follow every view of the tensor, and each product determines which of the three can be applied
+outside its sum (`plan.py`). In the second run, torch traces the model: a tensor has only 8-bit
+codes, and each product writes the operators that were planned for it (`write.py`).
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ _VIEWS = frozenset({
 
 
 class _CodeTensor:
-    """Passes products of codes to the tensor's `graph`.
+    """Passes products of codes to the tensor's `graph`, and skips dropout.
 
-    All other operators, such as norms, get plain numbers because no runtime computes them on codes.
+    Other operators, such as norms, get plain numbers because no runtime computes them on codes.
     """
 
     graph: Any
@@ -70,8 +70,7 @@ class QuantizedTensor(_CodeTensor):
         scale, shift, after: tensors of the shape of `codes`, expanded if values repeat; None in the
             second run. `after` is also None if it is 0.
         name: name of the quantizer.
-        zero: the 8-bit code that products subtract: the code of 0, or of the first value above 0 if
-            0 has none.
+        zero: the 8-bit code that products subtract, see `plan.integer_zero_point`.
         graph: computes numbers and products: `plan.Planner` in the first run, `write.Writer` in the
             second.
     """
@@ -119,7 +118,7 @@ class QuantizedTensor(_CodeTensor):
 
 
 def dequantize(t: Any) -> Any:
-    """The numbers that codes represent; a plain tensor is returned unchanged."""
+    """The numbers that codes represent; any other argument is returned unchanged."""
     return t.graph.dequantize(t) if isinstance(t, _CodeTensor) else t
 
 
@@ -153,7 +152,7 @@ _HANDLERS: dict[Any, Callable[..., Any]] = {
 class StoredWeight(_CodeTensor):
     """A frozen weight as (factors - zero_point) * scale + constant.
 
-    The factors have 8 bits: the codes, or 2 * codes + 1.
+    The factors fit 8 bits: the codes, or 2 * codes + 1.
 
     Attributes:
         frozen: the frozen weight.
@@ -163,9 +162,9 @@ class StoredWeight(_CodeTensor):
         is_doubled: True = the factors are 2 * codes + 1; False = they are the codes.
         scale: (n,), one scale per row, or (1,).
         zero_point: (n,) or (1,), with the dtype of `codes`; None = 0.
-        constant: (n,), number added to each row: half a step size for 8-bit StatsQ, SEQ or DoReFa,
+        constant: (n,) or (1,), added to each row: half a step size for 8-bit StatsQ, SEQ or DoReFa,
             plus the offset after the quantizer, for example of bias correction; None = 0.
-        graph: see `QuantizedTensor`; None before a graph is written.
+        graph: see `QuantizedTensor` or `write.TensorRT`; None before a graph is written.
     """
 
     frozen: FrozenWeight
@@ -209,8 +208,8 @@ def store_weights(
     `form` is the format that messages name; only `TENSORRT` allows 8-bit floats.
 
     Raises:
-        UsageError: the model has blocks of floats, for which runtimes have no CPU kernels, or 8-bit
-            floats and the target is not TensorRT.
+        UsageError: the model has blocks of floats; or it has 8-bit floats, and the target is not
+            TensorRT.
     """
     for site in iter_quantizers(net):
         if site.quantizer.spec.quantizer in FP8 and form != TENSORRT:
@@ -235,7 +234,7 @@ def store_weight(weight: FrozenWeight, min_width: int = 4, cpu: str = "fast") ->
     """Store a weight exactly, in the smallest type that the runtime can read.
 
     The values of grids with half steps (StatsQ, SEQ, DoReFa) are (k + 1/2) steps. Products use the
-    odd numbers 2k + 1 instead. If 2k + 1 fits the type (2 and 3 bits in INT4, 5 to 7 bits in INT8),
+    odd numbers 2k + 1 instead. If 2k + 1 fits the type (2 or 3 bits in INT4, up to 7 in INT8),
     it is stored. If it does not fit (4 bits in INT4, 2 bits in INT2), k is stored, and 2k + 1 is
     computed when the file is opened. With 8 bits, not even a product could use 2k + 1, so products
     use k and half a step is added. Docs: docs/deployment.md.

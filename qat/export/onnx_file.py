@@ -114,7 +114,8 @@ def export_onnx(
         dynamic_batch: True = the file takes any number of images; False = one image at a time.
         target: `cpu` (products of integers, for onnxruntime and OpenVINO) or `tensorrt`
             (QuantizeLinear and DequantizeLinear around products).
-        two_bit: `int4`, or `int2`, which takes half the bytes but cannot be read by OpenVINO.
+        two_bit: type of 2-bit weights for target `cpu`: `int4`, or `int2`, which takes half the
+            bytes but cannot be read by OpenVINO.
         cpu: `any` = correct on every processor; `fast` = write products of 8-bit codes as uint8
             times int8, which saturate on x86 without VNNI.
         precision: type of float tensors for target `tensorrt`: `fp16` or `fp32`.
@@ -178,7 +179,7 @@ def export_onnx(
 
 
 def write_checked(target: Path, write: Callable[[Path], CheckResult]) -> CheckResult:
-    """Write a file under a temporary name, compare it, and rename it only if it agrees.
+    """Write a file under a temporary name, and rename it to `target` if it agrees with the model.
 
     Args:
         target: the file.
@@ -244,7 +245,7 @@ def write_onnx(
 
 
 def preprocessing(settings: DataSettings) -> dict[str, Any]:
-    """The preprocessing for a file: size, mean, std, interpolation, crop_pct, crop_mode."""
+    """Preprocessing as recorded in a file: size, mean, std, interpolation, crop_pct, crop_mode."""
     return {
         "size": settings.image_size,
         "mean": list(settings.mean),
@@ -330,7 +331,11 @@ def to_onnx(
 @quiet()
 @torch.no_grad()
 def export_float(net: nn.Module, image: Tensor, *, dynamic_batch: bool = True) -> onnx.ModelProto:
-    """Translate any model to ONNX, for one or any number of images, with torch's exporter."""
+    """Translate any model to ONNX, for one or any number of images; `image` is (1, C, H, W).
+
+    Raises:
+        UsageError: torch cannot export the model.
+    """
     net = copy_unfused(net)
     names = _name_outputs(net, image)
     return _to_proto(_trace(net, image, names, dynamic_batch=dynamic_batch))

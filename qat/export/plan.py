@@ -1,12 +1,12 @@
 """Constants that turn products of a model into products of integer codes.
 
-The constants are computed while the model runs on an image. If no scale varies along a summed
-dimension, then
+The constants are computed while the model runs on an image. If no scale or shift varies along a
+summed dimension, then
 
     x @ weight = (codes_x @ codes_w * scale_w + row) * scale_x + constant
 
-where a runtime computes codes_x @ codes_w * scale_w in one integer kernel. Half steps, zero
-points and offsets are part of `row` and `constant`; `Plan` describes further terms.
+where a runtime computes codes_x @ codes_w * scale_w in one integer kernel. Half steps and
+offsets of x are part of `row` and `constant`; `Plan` describes further terms.
 
 The scale of a product can include the division by the step size of a quantizer that follows it.
 """
@@ -89,14 +89,14 @@ class Planner:
     Attributes:
         plans: plans of all products and dequantized codes, in the order in which they run.
         predivided: quantizers whose division by a step size is part of the product before them.
-        token_steps: for each weight, the step sizes that divide its outputs, (N, blocks): one for
+        token_steps: by weight, the step sizes that divide its outputs, (N, blocks): one for
             each token and part of the outputs.
-        channel_steps: for each weight, the step sizes that divide its outputs, (out,): one for each
+        channel_steps: by weight, the step sizes that divide its outputs, (out,): one for each
             channel, or 1 for channels whose step sizes are in `token_steps`.
         steps: the step sizes that divide a product of two activations, by the names of their two
             quantizers: (1,), (N, 1) or (h, 1, d) for probabilities and values, whose product is
             (B, h, N, d). For queries and keys, this is a scalar: the inverse of the factor of
-            scores, times the step size of the scores if they are quantized.
+            scores, times the step size of the scores if their quantizer is in `predivided`.
     """
 
     def __init__(self, net: nn.Module, cpu: str) -> None:
@@ -175,7 +175,7 @@ class Planner:
     def _product_of_numbers(
         self, a: QuantizedTensor, b: QuantizedTensor | StoredWeight, step: Tensor
     ) -> None:
-        """Add the plan of a product of dequantized numbers, which is divided by `step`."""
+        """Add plans of a product of dequantized numbers, divided by `step`, and of its factors."""
         scale = None if step is ONE else 1 / step
         self.plans.append(Plan(on_codes=False, scale=scale))
         dequantize(a)
@@ -318,7 +318,7 @@ def _has_token_scales(quantizer: FrozenActivation) -> bool:
 
 
 def integer_zero_point(quantizer: FrozenActivation) -> int:
-    """The code of 0 (mean of zero points), or of the first value above 0; products subtract it."""
+    """The mean zero point, rounded up and clamped to the grid; products subtract this code."""
     zero = 0.0
     if quantizer.zero_point is not None:
         zero = float(quantizer.zero_point.float().mean().ceil())
@@ -343,7 +343,7 @@ def code_offset(quantizer: FrozenActivation, cpu: str) -> Tensor:
 
 
 def squeeze_constant_dims(t: Tensor | None) -> Any:
-    """Shrink a tensor to size 1 along dimensions where it is constant. Returns None for zeros."""
+    """Shrink a tensor to size 1 along dimensions where it is constant. None for zeros or None."""
     if t is None or not t.any():
         return None
     for dim in range(t.ndim):
@@ -439,7 +439,7 @@ def _to_double(t: Tensor | None) -> Tensor:
 def _constant_of_linear(
     a: QuantizedTensor, stored: StoredWeight, bias: Tensor | None
 ) -> Tensor | None:
-    """The bias, plus the weight times the offset after the quantizer of `a`."""
+    """The bias, plus the weight times the offset after the quantizer of `a`; None = 0."""
     constant = None if bias is None else bias.double()
     after = squeeze_constant_dims(a.after)
     if after is None:

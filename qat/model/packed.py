@@ -1,9 +1,9 @@
 """Packed files: a frozen or float model in one small file.
 
-A packed file is a safetensors file with two tensors, `codes` (bytes, codes at their bit-width) and
+A packed file is a safetensors file with two tensors, `codes` (uint8, codes packed bit by bit) and
 `floats`, and more tensors for blocks of floats. Its metadata are `format`, `qat` (JSON: model,
-recipe, data, classes), `index` (zlib, base64: JSON) and `crc32`. If each weight were a tensor with
-a name, each would need a hundred bytes of header: in a small model, a tenth of the file.
+recipe, data, classes ...), `index` (JSON in zlib and base64) and `crc32`. If each weight were a
+named tensor, it would need a hundred bytes of header: in a small model, a tenth of the file.
 docs/deployment.md describes the format.
 """
 
@@ -29,8 +29,8 @@ from qat.utils.files import MAX_CONSTANT_NUMBERS, replace_atomically
 
 # The second format adds blocks of floats, which are stored as separate tensors.
 FORMATS = ("packed-1", "packed-2")
-# Limit on the bytes to which a file's index unpacks: otherwise 2 MB could become 2 GB. The entry of
-# a tensor takes less than 100 bytes, so the index can list 80,000 tensors.
+# Limit on the bytes to which a file's index unpacks: otherwise 2 MB could become 2 GB. At about
+# 100 bytes for each tensor, the index can list 80,000 tensors.
 _MAX_INDEX_BYTES = 2**23
 _DTYPES = {
     str(value).removeprefix("torch."): value
@@ -48,8 +48,8 @@ def write_packed(net: nn.Module, path: str | Path, meta: Mapping[str, Any]) -> d
         meta: metadata from `qat.model.metadata.describe`.
 
     Returns:
-        A dict with the bytes of `codes`, `scales` (with zero points), `offsets`, `rest` (all other
-        floats) and `header` (index, recipe, classes).
+        A dict with the bytes of `codes`, `scales` (with zero points), `offsets`, `rest` (other
+        floats) and `header` (all else, such as index and recipe).
     """
     packer = _Packer(net)
     for name, tensor in net.state_dict().items():
@@ -95,7 +95,7 @@ class _Packer:
                 self._widths[f"{name}.stored"] = module.spec.bits
 
     def add(self, name: str, tensor: Tensor) -> None:
-        """Add one tensor of the state dict."""
+        """Add one tensor of the state dict, but of blocks of floats only the index entry."""
         owner, _, last_part = name.rpartition(".")
         shape = list(tensor.shape)
         if owner in self.blocks:
@@ -138,7 +138,7 @@ def _dtype_name(tensor: Tensor) -> str:
 
 
 def _size_key(name: str) -> str:
-    """The key of `_Packer.sizes` under which a float tensor counts."""
+    """The key of `_Packer.sizes` under which a tensor of kind "f" counts."""
     last_part = name.rpartition(".")[2]
     if "_quantizer." not in name:
         return "offsets" if last_part == "product_offset" else "rest"
@@ -161,12 +161,12 @@ def read_packed(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]] | 
     """Read a packed file.
 
     Returns:
-        Weights by name, and the metadata that `describe` returned; None if it is another
+        Weights by name, and the metadata that `describe` returned; None for any other
         safetensors file.
 
     Raises:
         UsageError: the file has an unknown format, from a newer version of qat.
-        ValueError, LookupError, TypeError: the parts of the file do not fit together.
+        ValueError, LookupError, TypeError and others: the file is damaged or cannot be read.
     """
     with safetensors.safe_open(str(path), framework="pt") as file:
         metadata = file.metadata() or {}

@@ -28,7 +28,7 @@ from qat.model.frozen import is_frozen
 from qat.model.metadata import describe
 from qat.model.packed import write_packed
 from qat.model.storage import FETCHING_ARGS, check_loads, load
-from qat.nn.hf_constructor import model_config, package, transformers_model
+from qat.nn.hf_constructor import model_config, package, transformers_model, without_origin
 from qat.utils.files import json_text, write_text
 from qat.utils.text import json_object
 from qat.utils.validate import check_choice, check_images, check_number
@@ -36,8 +36,8 @@ from qat.utils.validate import check_choice, check_images, check_number
 PREFIX = "hf-hub:"  # timm's prefix for repositories `user/name`
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
-PROCESSOR = "preprocessor_config.json"  # written for Transformers' models
-# The Hub's task for each part of a Transformers class name; names without these: `FEATURES`.
+PROCESSOR = "preprocessor_config.json"  # preprocessing for Transformers' models
+# The Hub's task for Transformers classes whose names contain a word; for others: `FEATURES`.
 HUB_TASKS = {
     "ImageClassification": "image-classification",
     "ObjectDetection": "object-detection",
@@ -83,7 +83,7 @@ def require_host(address: str, origin: str, problem: str, advice: str) -> None:
             pass
     except urllib.error.HTTPError:
         return  # even an error code is a response
-    except (OSError, http.client.HTTPException) as error:
+    except (OSError, ValueError, http.client.HTTPException) as error:
         raise UsageError(
             f"{origin}: {problem} and {address} cannot be reached ({error}); {advice}"
         ) from error
@@ -101,8 +101,8 @@ def fetch(repository: str, origin: str) -> Path:
 
     Raises:
         UsageError: `repository` does not have the form `user/name`, the files are not cached and
-            cannot be downloaded, or the config would load other files or build a model that is
-            much larger than the weights.
+            cannot be downloaded, or the config is invalid, would load other files or build a model
+            that is much larger than the weights.
     """
     if not _REPOSITORY.fullmatch(repository):
         raise UsageError(f"{origin}: must be user/name, a repository on the hub")
@@ -148,7 +148,8 @@ def _download(repository: str, origin: str) -> None:
 def _check_config(folder: Path) -> None:
     """Raise `ValueError` if an untrusted config is invalid or could do harm.
 
-    It must not load other files, resolve settings (`${...}`) or build a huge model.
+    It must not load other files, contain settings (`${...}`) or build a huge model. (`load` checks
+    the size of our own models.)
     """
     config = json_object(folder / CONFIG)
     arguments = config.get("model_args") or {}
@@ -199,9 +200,8 @@ def transformers_folder(
         `TransformersClassifier`.
 
     Raises:
-        UsageError: see `fetch`; or a file is missing, the config belongs to another kind of model,
-            `architecture` does not fit the config, or a name in `changes` is not one of its
-            settings.
+        UsageError: see `fetch`; or a file is missing or cannot be used, the config belongs to
+            another kind of model, or `architecture` or `changes` do not fit the config.
     """
     folder = _local_folder(name, origin)
     for file in (CONFIG, WEIGHTS):
@@ -286,9 +286,9 @@ def save_pretrained(
 ) -> Path:
     """Write a model to share: `model.safetensors`, `config.json` and a model card.
 
-    The weights are packed codes, as in a file of `export.py format=packed`. A quantized model is
-    frozen first, so its float weights are not in the files; `qat.save` would store them. The files
-    contain no local paths.
+    The weights are packed as by `export.py format=packed`. A quantized model is frozen first, so
+    its float weights are not in the files; `qat.save` would store them. Paths in `data` and
+    `results` are written without their folders.
 
     Args:
         net: a model from `qat.load`, a converted model whose scales are set, or a float model of
@@ -299,8 +299,8 @@ def save_pretrained(
         data: see `qat.save`.
         classes: see `qat.save`.
         license: license of the weights, as the hub spells it.
-        source: `user/name` or a file, which the card's example passes to `qat.from_pretrained` or
-            `qat.load`.
+        source: `user/name` or a folder, for `qat.from_pretrained` in the card's example; or a
+            `.safetensors` file, for `qat.load`.
 
     Returns:
         The folder.
@@ -321,6 +321,7 @@ def save_pretrained(
     is_deployable = is_frozen(net) or conversion_of(net) is None
     frozen = net if is_deployable else freeze(net)
     meta = describe(frozen, data=data, classes=classes)
+    meta["model"]["kwargs"] = without_origin(meta["model"]["kwargs"])
     if meta["data"]:
         meta["data"].pop("root", None)
         meta["data"] = _strip_paths(meta["data"])
@@ -342,7 +343,7 @@ def save_pretrained(
 
 
 def _strip_paths(value: Any) -> Any:
-    """Copy plain data, and replace each path in it (see `_PATH_PREFIX`) by the path's last part."""
+    """Copy plain data without the folders of paths in its texts (see `_PATH_PREFIX`)."""
     if isinstance(value, dict):
         return {_strip_paths(key): _strip_paths(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):
@@ -436,8 +437,8 @@ def from_pretrained(source: str | os.PathLike[str], *, imports: Sequence[str] = 
 
     Raises:
         ImportError: one of `imports` cannot be imported.
-        UsageError: there is no such model, it cannot be downloaded (without a connection, the error
-            is raised within 5 s), or `save_pretrained` did not write it.
+        UsageError: see `qat.load`; or there is no such model, it cannot be downloaded (without a
+            connection, the error is raised within 5 s), or `save_pretrained` did not write it.
     """
     origin = f"from_pretrained: {str(source)!r}"
     folder = _local_folder(str(source), origin)

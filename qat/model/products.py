@@ -22,7 +22,7 @@ from qat.spec import QuantRecipe
 from qat.utils.probing import probing, zero_image
 from qat.utils.validate import FLOAT_BITS
 
-# Warn if more than this fraction of a model's multiply-accumulates stays in float.
+# Warn if more than this fraction of a model's multiply-accumulates unexpectedly stays in float.
 _MAX_FLOAT_FRACTION = 0.01
 
 
@@ -33,7 +33,7 @@ class MatrixProduct:
     Attributes:
         module: name of the innermost module that ran the product.
         macs: multiply-accumulates.
-        of_activations: True = both operands are activations; False = one is a parameter.
+        of_activations: True = no operand is a parameter or the weight of a layer.
         bits: bit-widths of the two operands.
     """
 
@@ -56,7 +56,7 @@ def _attention_macs(operands: tuple[Any, ...], out: Tensor) -> list[int]:
 
 
 def _einsum_macs(operands: tuple[Any, ...], out: Tensor) -> list[int]:
-    """Product of the sizes of all dimensions in an einsum equation with two operands."""
+    """Product of all dimension sizes in an einsum of two operands; otherwise, an empty list."""
     equation, *factors = operands
     if not isinstance(equation, str) or len(factors) != 2:
         return []
@@ -170,7 +170,7 @@ class _ProductRecorder(TorchFunctionMode):
         if func in _MACS_OF_LAYERS:
             self._record(_MACS_OF_LAYERS[func](operands, out), of_activations=False)
         if func in _MACS_OF_ACTIVATIONS:
-            # Only the first three arguments are operands; the others are masks, biases or
+            # The operands are among the first three arguments; later ones are masks, biases or
             # projections.
             has_parameter = any(isinstance(operand, nn.Parameter) for operand in operands[:3])
             counts = _MACS_OF_ACTIVATIONS[func](operands, out)
@@ -183,10 +183,10 @@ class _ProductRecorder(TorchFunctionMode):
 
 
 def matmuls(net: nn.Module, input_size: tuple[int, ...]) -> list[MatrixProduct]:
-    """List the matrix products of one forward pass on an image of zeros.
+    """List the matrix products (and convolutions) of one forward pass on an image of zeros.
 
-    Products of our attentions are computed from the shapes of inputs; all other products are
-    recorded.
+    Products of our attentions, computed from the shapes of inputs, come first. The others are
+    recorded (see `_ProductRecorder`). `input_size` is (C, H, W).
     """
     modules = dict(net.named_modules())
     attentions = {
@@ -264,7 +264,7 @@ def _quantized_products(
 
 
 def _qkr_products(name: str, attention: QkrAttention, x: Tensor) -> list[MatrixProduct]:
-    """QKR's products: x with the folded matrix and a folded query bias, scores, sums of values."""
+    """QKR's products: x with folded matrix and query bias (if any), scores, sums of values."""
     width = x.shape[-1]
     num_scores = attention.num_scores(x)
     num_product_elements = attention.num_heads * x.numel()
@@ -291,7 +291,7 @@ def _qkr_products(name: str, attention: QkrAttention, x: Tensor) -> list[MatrixP
 def warn_of_float(
     net: nn.Module, recipe: QuantRecipe, input_size: tuple[int, int, int], exempt: list[str]
 ) -> None:
-    """Warn if the model computes much in float that the recipe should have quantized."""
+    """Warn if modules not in `exempt` compute much in float that the recipe should quantize."""
     products = matmuls(net, input_size)
     in_float = []
     for product in products:

@@ -60,7 +60,7 @@ TRAINING_KNOBS = (
     "steps",
     "fits_int8",
 )
-# Axes that differ from the default in `_act_axis`: with `channel`, heads of scores (B, h, N, M) and
+# Axes that differ from the default in `_act_axis`: with `channel`, attention heads (B, h, N, M) and
 # channels of an image (B, C, H, W); with `token`, an image has one scale.
 _SCALE_AXES: dict[str, dict[str, int | None]] = {
     "tensor": {},
@@ -100,7 +100,7 @@ class PtqRecipe(QuantRecipe):
         weight_signed: True = signed codes, symmetric except with `omse`; False = unsigned codes
             with a zero point.
         act_signed: True = activations except probabilities have signed codes, symmetric except with
-            `omse` and `ptf`.
+            `omse` and `ptf`; False = as with `weight_signed`.
         weight_scales: `channel` = one scale per output channel, `tensor` = one scale per weight.
         act_scales: activations have one scale per `tensor`, per `token` or per `channel`; with
             `channel`, attention scores and probabilities have one scale per head.
@@ -223,7 +223,7 @@ class PtqRecipe(QuantRecipe):
         Args:
             role: any of `ROLES` or `OUTPUT_ROLES`, except `weight` and `qk`.
             place: one of `PLACES`.
-            signed: ignored, because a zero point fits any range.
+            signed: ignored; `act_signed` decides.
         """
         name = self._quantizer_at(place, self.act_quantizer)
         bits = self.act_bits if place == "block" else self.outer_act_bits

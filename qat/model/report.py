@@ -1,4 +1,4 @@
-"""A table of the quantized tensors of a model and of the modules that stay in float."""
+"""Tables of a model's quantized tensors and of the modules that stay in float."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from qat.utils.validate import FLOAT_BITS
 
 
 class ReportRow(NamedTuple):
-    """One quantizer of a conversion report; `scales` counts only stored scales."""
+    """One quantizer of a conversion report; `scales` excludes those that each forward computes."""
 
     module: str
     role: str
@@ -32,9 +32,9 @@ class ConversionReport:
 
     Attributes:
         rows: one row per quantizer.
-        stays_float: name and class of each module that has parameters but no weight quantizer, and
-            of each module that multiplies activations in float, such as an attention of an unknown
-            class. In the second case, a remark follows the class.
+        stays_float: name and class of each module except quantizers that has parameters but no
+            weight quantizer, and of each module that multiplies activations in float, such as an
+            attention of an unknown class. In the second case, a remark follows the class.
     """
 
     rows: tuple[ReportRow, ...]
@@ -44,7 +44,7 @@ class ConversionReport:
         return self.to_text()
 
     def to_text(self) -> str:
-        """The report as a table of quantizers and a table of modules that stay in float."""
+        """Tables of quantizers and of modules that stay in float, as text, without empty ones."""
         tables = []
         if self.rows:
             tables.append(text_table(ReportRow._fields, self.rows))

@@ -88,8 +88,8 @@ def guard(net: nn.Module) -> None:
     """Make calls of `net` raise an error until all scales are set.
 
     `assert_ready`, or the first call with all scales set, removes the guard. Loading a state dict
-    whose scales are not set (NaN) restores the guard. The guard does not check calls of single
-    quantizers or layers, nor compiled or exported graphs.
+    whose scales are not set (NaN) restores the guard. The guard does not check calls within
+    `allow_unset_scales`, of single quantizers or layers, or of compiled or exported graphs.
     """
     if any(site.quantizer.state_dict() for site in iter_quantizers(net)):
         net.register_forward_pre_hook(_check_before_forward, prepend=True)
@@ -175,8 +175,9 @@ def initialize_scales(
         `net` itself.
 
     Raises:
-        UsageError: there is no batch, a batch is not finite float images, a quantizer gets no input
-            or needs `qat.ptq.calibrate`, or the model is on the meta device.
+        UsageError: there is no batch, a batch does not contain finite float images, `max_images` is
+            below 1, a quantizer gets no input or needs `qat.ptq.calibrate`, or the model is on the
+            meta device.
     """
     _check_has_values(net)
     pending = [site.quantizer for site in iter_quantizers(net) if not is_ready(site.quantizer)]

@@ -124,7 +124,7 @@ def _blocks_of_transformers(net: nn.Module) -> dict[str, nn.Module]:
 
 
 def quantizer_parameters(net: nn.Module) -> tuple[set[nn.Parameter], set[nn.Parameter]]:
-    """Return the step sizes, and the offsets, of all quantizers of a model, as two sets."""
+    """Return the step sizes of all quantizers, and the offsets of a model, as two sets."""
     scales: set[nn.Parameter] = set()
     offsets: set[nn.Parameter] = set()
     for module in net.modules():
@@ -140,11 +140,11 @@ def quantizer_parameters(net: nn.Module) -> tuple[set[nn.Parameter], set[nn.Para
 def no_weight_decay(net: nn.Module) -> set[str]:
     """Names of the parameters that must not get weight decay.
 
-    These are step sizes and offsets of quantizers, biases, other 1-D tensors such as the weights of
-    norms, and the parameters that timm excludes. A converted model returns them from
-    `net.no_weight_decay()`, which `timm.optim.create_optimizer_v2` and `param_groups_weight_decay`
-    call. Source: OFQ's recipe excludes 1-D tensors, biases, position embedding and tokens, and so
-    also scales and offsets.
+    These are step sizes and offsets of quantizers, biases, other 0-D and 1-D tensors such as the
+    weights of norms, and the parameters that the model's class excludes. A converted model returns
+    them, and patterns for compiled models, from `net.no_weight_decay()`, which
+    `timm.optim.create_optimizer_v2` calls. Source: OFQ's recipe excludes 1-D tensors, biases,
+    position embedding and tokens, and so also scales and offsets.
 
     Args:
         net: a converted or float model.
@@ -161,7 +161,7 @@ def no_weight_decay(net: nn.Module) -> set[str]:
 
 
 def _excluded_by_timm(net: nn.Module) -> set[str]:
-    """Names that the model's class, or a class inside a timm wrapper, excludes."""
+    """Names that the model's class excludes; if it has no such method, those of its children."""
     own_method = getattr(type(net), "no_weight_decay", None)
     if own_method is not None:
         return set(own_method(net))

@@ -42,8 +42,8 @@ class Start:
     Attributes:
         net: a float model.
         notes: lines for the user that tell where the weights come from.
-        source: the model that the weights were copied from, if they come from a checkpoint of qat.
-            Its scales may be copied after the conversion.
+        source: the model that `from_net` copied the weights from, or None. The scales of this model
+            may be copied after the conversion.
     """
 
     net: nn.Module
@@ -108,8 +108,8 @@ def from_timm(model: str, kwargs: Mapping[str, Any], *, keep_head: bool = False)
             model a new head.
 
     Raises:
-        UsageError: timm has no pretrained weights for the model; its weights are neither cached nor
-            can they be downloaded (the host must respond within 4 s), or they do not fit; or
+        UsageError: see `from_scratch`; timm has no pretrained weights for the model; the weights
+            cannot be downloaded (the host must respond within 4 s) or read, or do not fit; or
             `keep_head` is True, and timm would give the model a new, untrained head.
     """
     advice = "use model.weights=FILE or model.pretrained=false"
@@ -193,8 +193,8 @@ def from_transformers(
         raise UsageError(f"{misfit} ({name} has the shape {shapes})")
     patterns = {re.sub(r"\d+", "#", name) for name in net.state_dict()}
     for name in sorted(loading["unexpected_keys"]):
-        # A tensor that differs only in its numbers belongs to a block that the config lacks. Ignore
-        # other tensors, which belong to parts that the model does not have, such as a text encoder.
+        # A name that differs from the model's names only in numbers belongs to a block that the
+        # config lacks. Ignore other names; they belong to other parts, such as a text encoder.
         if re.sub(r"\d+", "#", name) in patterns:
             raise UsageError(f"{misfit} (the model has no {name})")
     state = {}
@@ -230,8 +230,8 @@ def from_state(
         hint: text that ends the error message about a different class count.
 
     Raises:
-        UsageError: the class count differs and `keep_head` is True, or the weights belong to
-            another model or are not finite.
+        UsageError: see `from_scratch`; the class count differs and `keep_head` is True; or the
+            weights belong to another model or are not finite.
     """
     untrained = _create(model, kwargs)
     bias_tensors = {f"{name}.bias": state[f"{name}.bias"] for name in biases}
@@ -272,7 +272,7 @@ def from_state(
 def _replace_heads(
     state: dict[str, Tensor], own_state: Mapping[str, Tensor], classifier: str | Sequence[str]
 ) -> tuple[dict[str, Tensor], list[str], str]:
-    """Replace each head that has another class count with the new model's head.
+    """Replace each head that is missing or has another class count with the new model's head.
 
     Returns:
         The new state; a note for each new head; and a description of the difference, or "".
@@ -326,13 +326,13 @@ def from_checkpoint(
         model: timm name of the model to build.
         kwargs: arguments of `timm.create_model`.
         checkpoint: the file.
-        reset_head: for a checkpoint of qat: True = give the model a new head if the class count
-            differs.
+        reset_head: for a checkpoint of qat with another class count: True = give the model a new
+            head; False = raise an error.
         keep_head: True = raise an error if the class count differs, whatever the kind of file,
             because the model will be used without training.
 
     Raises:
-        UsageError: see `from_state` and `from_net`.
+        UsageError: see `build_from`, `from_state` and `from_net`.
     """
     origin = f"ckpt={str(checkpoint.path)!r}"
     if checkpoint.meta is None:
@@ -360,7 +360,8 @@ def load_float(path: str | os.PathLike[str], *, num_classes: int | None = None) 
             keep the head.
 
     Raises:
-        UsageError: qat did not write the file, or its float weights cannot be recovered.
+        UsageError: see `read_checkpoint` and `build_from`; the float weights cannot be recovered;
+            or `num_classes` is set for a model without this attribute.
     """
     checkpoint = read_checkpoint(path)
     origin = f"ckpt={str(path)!r}"
@@ -380,7 +381,7 @@ def load_float(path: str | os.PathLike[str], *, num_classes: int | None = None) 
 
 
 def _copy_data(source: nn.Module, net: nn.Module) -> None:
-    """Give a model the data config of `source`, and its class names if their number fits."""
+    """Copy the data config, and the class names if their number fits, from `source` to `net`."""
     net.qat_data = data_of(source)  # type: ignore[assignment]
     classes = classes_of(source)
     if classes is not None and len(classes) == getattr(net, "num_classes", len(classes)):
@@ -413,8 +414,8 @@ def from_net(
     The result also contains `source`, so that its scales can be copied after the conversion.
 
     Raises:
-        UsageError: see `from_state`; the class count differs without `reset_head`; or the model is
-            frozen and its float weights cannot be recovered.
+        UsageError: see `from_state`; the class count differs and `reset_head` is False; or the
+            model is frozen and its float weights cannot be recovered.
     """
     if not can_recover_weights(source):
         raise UsageError(
@@ -435,7 +436,7 @@ def from_net(
 
 
 def _copy_pooling(source: nn.Module, net: Any) -> None:
-    """Make `net` pool as `source` does, whose pooling may have changed after it was built."""
+    """Copy the pooling of `source`, which `reset_classifier` may have changed, to `net`."""
     pool = get_model_args(source).get("global_pool")
     if pool is not None and pool != get_model_args(net).get("global_pool"):
         weights = net.state_dict()

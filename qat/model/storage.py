@@ -56,8 +56,8 @@ def save(
         model: see `describe`.
         model_kwargs: see `describe`.
         data: settings with which `qat.transform` and `eval.py` prepare images, as in `data/*.yaml`:
-            `image_size`, `mean`, `std` ...
-        classes: names of the classes, in the order of the model's outputs.
+            `image_size`, `mean`, `std` ...; for None, see `describe`.
+        classes: names of the classes, in the order of the outputs; for None, see `describe`.
 
     Raises:
         UsageError: see `describe`; or weights are computed from other tensors (pruning,
@@ -73,7 +73,7 @@ def save(
 def check_loads(path: str | os.PathLike[str]) -> None:
     """Raise `UsageError` if `load` cannot rebuild a model from a file that was just written.
 
-    This happens if modules of the model were replaced after timm built it.
+    This happens, for example, if modules were replaced after timm built the model.
     """
     try:
         load(path)
@@ -86,13 +86,13 @@ def check_loads(path: str | os.PathLike[str]) -> None:
 def load(path: str | os.PathLike[str], *, imports: Sequence[str] = ()) -> nn.Module:
     """Rebuild a model from a file, without data, in eval mode; torch's random state is unchanged.
 
-    The file comes from `qat.save`, from a run (`last.ckpt`, `best.ckpt`) or from `format=packed`.
+    The file comes from a run (`last.ckpt`, `best.ckpt`), `qat.save`, `qat.save_pretrained` or
+    `export.py format=packed`.
 
     Args:
         path: the file.
-        imports: modules to import first. They must contain the models and the quantizers
-            `package.module:Class` that the file names, because reading a file never imports a
-            module.
+        imports: modules to import first: those with models or quantizers (`package.module:Class`)
+            of your own that the file names. Reading a file never imports a module.
 
     Raises:
         ImportError: one of `imports` cannot be imported.
@@ -137,8 +137,8 @@ def build_from(checkpoint: Checkpoint, image_size: tuple[int, int] | None = None
         name = meta["model"]["name"]
         raise UsageError(f"{origin}: weights do not fit {name} ({reason})") from error
     check_finite(net, origin, unset=True)
-    # `assert_ready` removes the guard. If scales are missing, the guard stays, and calls of the
-    # model raise an error.
+    # `assert_ready` removes the hook that checks for unset scales. If scales are unset, the hook
+    # stays, and calls of the model raise an error.
     with contextlib.suppress(UsageError):
         assert_ready(net)
     net.qat_data = meta.get("data")  # type: ignore[assignment]
@@ -154,7 +154,7 @@ def _build_with_limits(
 ) -> nn.Module:
     """Build the model that untrusted metadata describes.
 
-    Raise `UsageError` if the model is far larger than its weights, or cannot be built.
+    Raise `UsageError` if the model cannot be built, or needs far more memory than `weights`.
     """
     try:
         _check_constructor(meta)
@@ -199,7 +199,7 @@ def _image_sizes(meta: Mapping[str, Any]) -> list[Sequence[int]]:
 def _check_constructor(meta: Mapping[str, Any]) -> None:
     """Raise `ValueError` unless timm has the model, and building it reads no other files.
 
-    `timm.create_model` would also accept `hub:repository` as a name.
+    `timm.create_model` would also accept `hf-hub:repository` as a name.
     """
     name = meta["model"]["name"]
     if not timm.is_model(name):
@@ -241,7 +241,7 @@ def float_twin(net: nn.Module) -> nn.Module:
     """Build the float version of a model, with new weights, in eval mode.
 
     Raises:
-        UsageError: the model does not record how timm built it.
+        UsageError: see `describe`.
         LookupError, TypeError, ValueError, RuntimeError: the model cannot be built from the record.
     """
     # Building the model draws random weights. This must not change later random numbers on the CPU.

@@ -55,7 +55,7 @@ def _collect(module: nn.Module, prefix: str, state: dict[str, Tensor]) -> None:
 
 
 def copy_scales(source: nn.Module, target: nn.Module) -> tuple[list[str], list[str]]:
-    """Copy scales and offsets between quantizers of the same kind, bits and shapes.
+    """Copy scales and offsets between quantizers with equal names, specs and shapes.
 
     Scales that are not set are not copied. LSQ quantizers without offsets can also take step sizes
     from a symmetric affine grid with the same number of codes.
@@ -102,8 +102,8 @@ def _copy_product_offset(donor: nn.Module, target: QkrAttention) -> None:
 def reset_attention_weights(net: nn.Module) -> list[str]:
     """Reinitialize the weights that OFQ's code loses when it converts a model.
 
-    These weights are `proj` of every attention, `qkv` if there is no QKR, and Swin's table of
-    biases.
+    In each quantized attention, these are `proj`, `qkv` if there is no QKR, and the table of
+    position biases, if any.
 
     Returns:
         Names of the linear layers and tables that were reset.
@@ -125,7 +125,7 @@ def reset_attention_weights(net: nn.Module) -> list[str]:
 
 
 def add_random_biases(net: nn.Module) -> list[str]:
-    """Add random biases to linear layers without a bias, except in attentions.
+    """Add random biases to linear layers without a bias, except in modules called `attn`.
 
     OFQ's code does so, too.
 

@@ -20,16 +20,17 @@ if TYPE_CHECKING:
 def transform(net: nn.Module) -> Callable[[AnyImage], Tensor]:
     """Return the evaluation transform of a model.
 
-    The transform maps a Pillow image, an (H, W, C) uint8 array or a path to (C, H, W) float32. If
-    the model was loaded (`qat.load`) from `last.ckpt`, `best.ckpt` or a file of `qat.save(net,
-    path, data=...)`, the transform prepares images as `eval.py` does, by the data config in the
-    file. Settings that are not in a file come from timm's `resolve_data_config` for the model's
-    `pretrained_cfg`: crop, interpolation, mean and std of the pretrained weights (averaged over the
-    colours for grey images), at the model's input size.
+    The transform maps a Pillow image, an (H, W) or (H, W, C) uint8 array or a path to (C, H, W)
+    float32. If the model was loaded (`qat.load`) from `last.ckpt`, `best.ckpt` or a file of
+    `qat.save(net, path, data=...)`, the transform prepares images as `eval.py` does, by the data
+    config in the file. Settings that are not in a file come from timm's `resolve_data_config` for
+    the model's `pretrained_cfg`: crop, interpolation, mean and std of the pretrained weights
+    (averaged over the colours for grey images), at the model's input size.
 
     Raises:
         UsageError: the model has neither a data config with mean and std nor a `pretrained_cfg`,
-            does not take square images, or its data class is neither part of qat nor imported.
+            is not known to take square images of 1 or 3 channels, or its data class is neither part
+            of qat nor imported.
     """
     from qat.data import image_transform  # qat.data imports Lightning
 
@@ -71,7 +72,7 @@ def _settings_of_model(net: nn.Module, config: Mapping[str, Any]) -> dict[str, A
 
 
 def _preparation_of_timm(config: Mapping[str, Any], channels: int) -> dict[str, Any]:
-    """Settings of timm's `pretrained_cfg`; mean and std are averaged if the channels differ."""
+    """Settings of timm's `pretrained_cfg`; mean and std are averaged to fit other `channels`."""
     resolved = timm.data.resolve_data_config({}, pretrained_cfg=config)
     names = ("mean", "std", "crop_pct", "crop_mode", "interpolation")
     settings = {name: resolved[name] for name in names}
@@ -83,15 +84,16 @@ def _preparation_of_timm(config: Mapping[str, Any], channels: int) -> dict[str, 
 
 
 def renormalize(net: nn.Module, image_stats: Sequence[Any], training_stats: Sequence[Any]) -> None:
-    """Make a model accept images that were normalized by another mean and standard deviation.
+    """Make a model accept images that were normalized with another mean and standard deviation.
 
     A hook before the first layer converts such images to the normalization of the training images.
 
     Args:
         net: the model.
-        image_stats: mean and standard deviation per channel by which the new images are normalized.
-        training_stats: mean and standard deviation per channel by which the training images were
-            normalized. If `image_stats` and `training_stats` are equal, the model is not changed.
+        image_stats: (means, standard deviations) with which the new images are normalized; each has
+            one number per channel.
+        training_stats: like `image_stats`, for the training images. If `image_stats` and
+            `training_stats` are equal, the model is not changed.
     """
     if image_stats == training_stats:
         return

@@ -1,4 +1,4 @@
-"""Modules that own quantizers. One file per timm family registers its swaps when it is imported.
+"""Modules with quantizers. Importing a file such as `vit.py` registers replacements for timm's.
 
 `attention_interface.py` quantizes attentions of Transformers.
 """

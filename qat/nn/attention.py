@@ -22,7 +22,7 @@ def split_heads(t: Tensor, num_heads: int) -> Tensor:
 
 
 def join_separate_bias(attention: Any) -> Tensor | None:
-    """Bias (3*h*d,) of `q_bias` and `v_bias`, 0 for keys. Returns None without biases."""
+    """Join `q_bias` and `v_bias` to a bias (3*h*d,), 0 for keys. Returns None if one is None."""
     q_bias = attention.q_bias
     v_bias = attention.v_bias
     if q_bias is None or v_bias is None:
@@ -89,7 +89,7 @@ class ScoredAttention(nn.Module):
         return self.project(self.weigh_values(scores, v), x)
 
     def project(self, out: Tensor, x: Tensor) -> Tensor:
-        """Apply norm, gate and projection to the output of the heads.
+        """Apply norm, gate, projection and dropout to the output of the heads.
 
         Args:
             out: (B, N, h*d).
@@ -198,9 +198,9 @@ def set_execution(net: nn.Module, *, memory: str = "save") -> nn.Module:
         net: a converted model; other models stay unchanged.
         memory: `save` = save the tensors that take long to compute. `recompute` = use less memory
             and up to 15 % more time: backward recomputes the probabilities of quantized attentions,
-            and the products with the folded matrices of reparameterized attentions. This has an
+            and the products with the folded matrices of reparameterized attentions. `memory` has an
             effect only on attentions of ViT, DeiT and Swin that are computed as one Function (see
-            `compute_fused`). In compiled models, the compiler decides which other tensors to save.
+            `compute_fused`). In compiled models, the compiler decides what else to save.
 
     Returns:
         `net` itself.

@@ -1,8 +1,8 @@
 """Quantized attention of Transformers' models, through the library's attention interface.
 
 An attention of Transformers computes queries, keys and values itself, and calls the function that
-the model's `attn_implementation` names. The function of this module quantizes queries, keys, values
-and probabilities.
+the model's `attn_implementation` names. `attend` is such a function: it quantizes queries, keys,
+values and probabilities of attentions with `HeadProducts`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from qat.spec import QuantRecipe
 NAME = "qat"  # name of the function, for `attn_implementation`
 CHILD = "quantized"  # name of an attention's child; this child has the quantizers
 
-# Activations with a small negative tail that do not call torch's functions.
+# Activations with a small negative tail that do not call torch's own GELU.
 _ACTIVATIONS = (
     "AccurateGELUActivation",
     "FastGELUActivation",
@@ -70,13 +70,13 @@ class HeadProducts(nn.Module):
             query: (B, h, N, d).
             key: (B, h/g, M, d); each group of g heads shares a head of keys.
             value: (B, h/g, M, e).
-            mask: a float mask is added to the scores; a boolean mask is True where a score counts;
-                None = no mask.
+            mask: broadcastable to (B, h, N, M): float = added to the scores; boolean = True where a
+                score counts; None = no mask.
             factor: factor on the scores.
             dropout: fraction of probabilities that are dropped in training.
 
         Returns:
-            (B, N, h, e), and the quantized probabilities (B, h, N, M).
+            (B, N, h, e), and the quantized probabilities (B, h, N, M) after dropout.
         """
         heads_per_group = query.shape[1] // key.shape[1]
         keys = quantize_heads(key, self.k_quantizer)
@@ -113,7 +113,7 @@ def attend(
 ) -> tuple[Tensor, Tensor | None]:
     """Compute an attention, with the signature of Transformers' interface.
 
-    If the attention has no `HeadProducts`, it is computed in float.
+    Without `HeadProducts`, it is computed in float, and a search in progress may record it.
 
     Args:
         module: the attention that calls this function.
@@ -137,8 +137,8 @@ def attend(
         module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **settings
     )
     search = _search.get()
-    # Do not record attentions of language models: quantized attention does not add their causal
-    # masks and position biases.
+    # Do not record attentions that need `is_causal` or a position bias, as in language models:
+    # quantized attention reads neither.
     is_causal = settings.get("is_causal")
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)  # as in Transformers
@@ -177,7 +177,7 @@ def hf_models(net: nn.Module) -> list[Any]:
 class AttentionInterface:
     """The attentions of Transformers in a model that is being converted.
 
-    To find them, run the model inside `searching`; there is no list of classes.
+    They are found by running the model inside `searching`, not by their classes.
 
     Args:
         net: any model, in float.
@@ -187,7 +187,7 @@ class AttentionInterface:
         projections: layers whose input is the output of an attention.
 
     Raises:
-        UsageError: `net` is a model of Transformers that takes anything but images.
+        UsageError: `net` is a model of Transformers that needs inputs other than images.
     """
 
     def __init__(self, net: nn.Module) -> None:
@@ -238,7 +238,7 @@ class AttentionInterface:
             self.projections.add(layer)
 
     def add_quantizers(self, recipe: QuantRecipe) -> list[str]:
-        """Add quantizers to the attentions, and return the names of the attentions.
+        """Add quantizers to attentions as the recipe says; return the names of all attentions.
 
         Raises:
             UsageError: the recipe has query-key reparameterization.

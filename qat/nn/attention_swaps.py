@@ -1,4 +1,4 @@
-"""Registration of the swaps of an attention class."""
+"""Register how modules of an attention class are replaced by quantized ones."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ def register_attention(
     inputs: Mapping[str, str] | None = None,
     also_float: bool = False,
 ) -> None:
-    """Register the swaps of an attention class.
+    """Register how modules of an attention class are replaced by quantized ones.
 
     Args:
         cls: an attention class of timm.
         standard: class of the quantized attention without query-key reparameterization.
         qkr: builds the quantized attention with query-key reparameterization (QKR); or the reason
-            why `cls` cannot have QKR, as a text that continues "this model". Attentions with norms
-            of queries or keys cannot have QKR either.
-        inputs: input ranges of the children of `standard`, by name.
+            why `cls` cannot have QKR, as a text that continues "this model". An attention with
+            norms of queries or keys, or with hooks or additional tensors in `qkv`, cannot either.
+        inputs: input ranges (`SwapContext.input`) of the children of `standard`, by name.
         also_float: True = use `standard` for float attention too, because timm's class uses the
             weight of a quantized Linear without calling the Linear.
     """

@@ -30,10 +30,18 @@ def constructor_of(net: nn.Module) -> tuple[str, dict[str, Any]] | None:
     if getattr(transformers, type(net).__name__, None) is not type(net):
         return None
     config: Any = net.config
-    settings = json.loads(config.to_json_string(use_diff=False))
+    settings = without_origin(json.loads(config.to_json_string(use_diff=False)))
     settings.pop("quantization_config", None)
-    settings.pop("_name_or_path", None)  # may be a folder of this machine
     return transformers_model.__name__, {"architecture": type(net).__name__, "config": settings}
+
+
+def without_origin(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Copy a config without `_name_or_path`, which may be a folder of this machine."""
+    return {
+        key: without_origin(value) if isinstance(value, Mapping) else value
+        for key, value in config.items()
+        if key != "_name_or_path"
+    }
 
 
 @register_model

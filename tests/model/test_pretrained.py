@@ -136,6 +136,26 @@ def test_data_have_names_and_no_paths(tmp_path, net, name, public):
     assert qat.load(folder / "model.safetensors").qat_data["name"] == public
 
 
+def test_a_model_of_transformers_does_not_say_where_it_came_from(tmp_path):
+    pytest.importorskip("transformers")
+    config = {
+        "model_type": "vit",
+        "hidden_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 1,
+        "_name_or_path": "/home/me/secret/vit",
+    }
+    net = timm.create_model(
+        "transformers_classifier",
+        architecture="ViTForImageClassification",
+        config=config,
+        num_classes=3,
+    )
+    qat.save_pretrained(net, tmp_path)
+    for path in tmp_path.iterdir():
+        assert b"secret" not in path.read_bytes()
+
+
 def test_the_text_of_a_stranger_is_no_markup(tmp_path, net):
     evil = "a|<script>alert(1)</script>\n\n# b ![c](//d) `e` *f*"
     results = {"top1": 50.0, "split": evil, "data": evil}
