@@ -21,8 +21,8 @@ def constructor_of(net: nn.Module) -> tuple[str, dict[str, Any]] | None:
     """Name and arguments with which `timm.create_model` builds a model of Transformers.
 
     Returns:
-        The name and the arguments. None for any other model, and for a model whose class is not
-        part of Transformers.
+        The name and the arguments. None for any other model, and for a model whose class
+        `transformers` does not export.
     """
     if hf_models(net) != [net]:
         return None
@@ -36,7 +36,7 @@ def constructor_of(net: nn.Module) -> tuple[str, dict[str, Any]] | None:
 
 
 def without_origin(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Copy a config without `_name_or_path`, which may be a folder of this machine."""
+    """Copy a config and its nested configs without `_name_or_path`, which may be a local folder."""
     return {
         key: without_origin(value) if isinstance(value, Mapping) else value
         for key, value in config.items()
@@ -55,7 +55,7 @@ def transformers_model(architecture: str, config: Mapping[str, Any], **_: Any) -
     Raises:
         ValueError: the package is not installed, or has no such class; or a setting is invalid.
     """
-    # The caller loads all weights, so do not download those of a backbone.
+    # Weights are random or loaded later, so do not download those of a backbone.
     settings = {**config, "use_pretrained_backbone": False}
     model: nn.Module = model_class(architecture)(model_config(architecture, settings))
     return model
@@ -106,13 +106,13 @@ def model_class(architecture: str) -> Any:
 
 
 class TransformersClassifier(nn.Module):
-    """An image classifier of Transformers with the interface of timm's models.
+    """An image classifier of Transformers with some methods of timm's models.
 
     Args:
         architecture: name of a class of the package.
         config: settings of its config class.
         num_classes: number of classes.
-        in_chans: number of image channels.
+        in_chans: number of image channels; replaces `num_channels` of `config`.
         images: preprocessing of images, with the keys of timm's `pretrained_cfg`.
 
     Raises:
@@ -139,7 +139,11 @@ class TransformersClassifier(nn.Module):
             "num_channels": in_chans,
             "return_dict": True,
         }
+        if isinstance(config.get("vision_config"), Mapping):  # as in CLIP
+            settings["vision_config"] = {**config["vision_config"], "num_channels": in_chans}
         self.model: Any = transformers_model(architecture, settings)
+        image_config = getattr(self.model.config, "vision_config", self.model.config)
+        image_size = getattr(image_config, "image_size", None) or 224
         self.num_classes = num_classes
         self.in_chans = in_chans
         convolutions = []
@@ -156,7 +160,7 @@ class TransformersClassifier(nn.Module):
         self.pretrained_cfg = {
             "architecture": CLASSIFIER,
             "num_classes": num_classes,
-            "input_size": (in_chans, *to_2tuple(config.get("image_size", 224))),
+            "input_size": (in_chans, *to_2tuple(image_size)),
             "first_conv": convolutions[0] if convolutions else "",
             "classifier": classifiers,
             **(images or {}),
@@ -184,7 +188,7 @@ class TransformersClassifier(nn.Module):
             getattr(self.model, f"{prefix}_checkpointing_disable")()
 
     def get_classifier(self) -> nn.Module:
-        """The layer that computes the logits."""
+        """The layer that computes the logits, or the first of several."""
         return self.get_submodule(self.pretrained_cfg["classifier"][0])
 
     def no_weight_decay(self) -> set[str]:

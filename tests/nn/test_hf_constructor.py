@@ -137,3 +137,11 @@ def test_layer_decay_needs_blocks():
     )
     with usage_error("layer_decay=0.5: the layers of ResNetFor.* cannot be numbered"):
         parameter_groups(net, weight_decay=0.1, layer_decay=0.5)
+
+
+def test_the_images_of_a_nested_config():
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    config = {"vision_config": {**sizes, "image_size": 32, "patch_size": 8}}
+    net = TransformersClassifier("SiglipForImageClassification", config, 5, in_chans=1)
+    assert net.pretrained_cfg["input_size"] == (1, 32, 32)
+    assert net(torch.zeros(1, 1, 32, 32)).shape == (1, 5)
