@@ -1,4 +1,4 @@
-"""Progress of training: seeds of steps, the last step, and a log line per epoch."""
+"""Callbacks for progress: seeds, CUDA graphs, the last step, and a log line per epoch."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class GraphSteps(Callback):
 
 
 class StepLimit(Callback):
-    """Ends a run after `trainer.max_steps` optimizer steps, with a validation.
+    """Ends a run after `trainer.max_steps` optimizer steps, with a validation if its epoch has one.
 
     With `Trainer(max_steps=...)`, a run that is resumed at the end of an epoch would skip the
     images of the next epoch, and a run that ends within an epoch would not validate its final
@@ -81,12 +81,12 @@ class StepLimit(Callback):
 
 
 class EpochLog(Callback):
-    """Logs loss, accuracy, learning rate, images per second and time left after every epoch."""
+    """Logs loss, val accuracy if any, learning rate, images/s and time left after every epoch."""
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clock."""
         self._start = time.monotonic()
-        self._first_epoch = trainer.current_epoch
+        self._first_step = trainer.global_step
         self._images = 0
 
     def on_train_batch_end(
@@ -102,19 +102,22 @@ class EpochLog(Callback):
         if not trainer.is_global_zero:
             return
         epoch = trainer.current_epoch + 1
-        last_epoch = trainer.max_epochs or 0
         formats = {"train/loss": "loss {:.4g}"}
         if epoch % (trainer.check_val_every_n_epoch or 1) == 0:
             formats["val/top1"] = "val accuracy {:.2f} %"
         values = [text.format(metrics[key]) for key, text in formats.items() if key in metrics]
         param_group = trainer.optimizers[0].param_groups[0]
         seconds = time.monotonic() - self._start
-        seconds_per_epoch = seconds / (epoch - self._first_epoch)
-        seconds_left = round(seconds_per_epoch * max(last_epoch - epoch, 0))
+        last_step = trainer.estimated_stepping_batches
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, StepLimit):
+                last_step = min(last_step, callback.steps)
+        seconds_per_step = seconds / max(trainer.global_step - self._first_step, 1)
+        seconds_left = round(seconds_per_step * max(last_step - trainer.global_step, 0))
         log.info(
             "epoch %d/%d  %s  lr %.2e  %.0f img/s  left %s",
             epoch,
-            last_epoch,
+            trainer.max_epochs,
             "  ".join(values),
             param_group["lr"] / param_group.get("lr_scale", 1.0),
             self._images / seconds,
