@@ -13,7 +13,7 @@ from qat.functional.block_floats import E4M3_MAX, BlockFormat
 from qat.functional.fp8 import E4M3, E4M3Range, fp8, fp8_codes, fp8_scale
 from qat.functional.lsq import CodeRange
 from qat.functional.observers import RangeState, observe
-from qat.functional.ste import view_along
+from qat.functional.ste import TINY, view_along
 from qat.quantizers.block_floats import FloatGrid
 from qat.quantizers.lsq import LSQ
 from qat.quantizers.quantizer import Quantizer
@@ -26,7 +26,7 @@ class Fp8Grid(FloatGrid):
     """E4M3 values times a scale.
 
     Attributes:
-        factors: scales, (n,), one for each slice along `axis`.
+        factors: scales, (n,), one for each slice along `axis`, or (1,).
         axis: dimension along which scales differ; None = one scale for the tensor.
     """
 
@@ -45,7 +45,7 @@ class Fp8Grid(FloatGrid):
 @register("fp8")
 @register("fp8_held")
 def build_fp8(spec: QuantSpec) -> Quantizer:
-    """Build `Fp8Weight` for a weight, `Fp8` for an activation."""
+    """Build `Fp8Weight` for the roles `weight` and `qk`, `Fp8` for activations."""
     if spec.role in {"weight", "qk"}:
         return Fp8Weight(spec)
     return Fp8(spec)
@@ -91,7 +91,7 @@ class Fp8(LSQ):
         self.min_reliable = 0.0
 
     def allocate(self, shape: torch.Size, device: torch.device) -> None:
-        """Create a NaN scale, which is learned unless the quantizer is `fp8_held`."""
+        """Create a NaN scale per slice along the axis; `fp8_held` does not learn it."""
         super().allocate(shape, device)
         self.requires_grad_(self.spec.quantizer != "fp8_held")
 
@@ -119,4 +119,4 @@ class Fp8(LSQ):
 
     def grid(self, x: Tensor | None = None) -> Fp8Grid:  # type: ignore[override]
         """Values of E4M3 times the scale."""
-        return Fp8Grid(axis=self.axis, factors=self.scale.detach().float())
+        return Fp8Grid(axis=self.axis, factors=self.scale.detach().float().clamp(min=TINY))

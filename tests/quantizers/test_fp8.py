@@ -78,3 +78,10 @@ def test_post_training_calibrates_from_the_float_model():
     copied, missing = qat.model.transfer.copy_scales(net, trained)
     assert (len(copied), missing) == (10, [])
     assert torch.equal(tiny.logits(trained), tiny.logits(net))
+
+
+def test_the_grid_has_the_smallest_scale_that_codes_have():
+    x = randn(1, 4, 8)
+    quantizer = allocated("fp8", x, bits=8, steps="absolute")
+    quantizer.scale.data.fill_(-0.01)
+    assert torch.equal(quantizer.grid(x).dequantize(quantizer.codes(x)), quantizer(x))
