@@ -272,7 +272,7 @@ def from_state(
 def _replace_heads(
     state: dict[str, Tensor], own_state: Mapping[str, Tensor], classifier: str | Sequence[str]
 ) -> tuple[dict[str, Tensor], list[str], str]:
-    """Replace each head that is missing or has another class count with the new model's head.
+    """Replace each head that is missing or has another class count; remove it for no classes.
 
     Returns:
         The new state; a note for each new head; and a description of the difference, or "".
@@ -282,6 +282,8 @@ def _replace_heads(
     names = [classifier] if isinstance(classifier, str) else classifier
     for name in names:
         if f"{name}.weight" not in own_state:  # num_classes=0
+            head = {f"{name}.weight", f"{name}.bias"}
+            state = {key: tensor for key, tensor in state.items() if key not in head}
             continue
         num_classes = own_state[f"{name}.weight"].shape[0]
         weight = state.get(f"{name}.weight")

@@ -27,6 +27,16 @@ def test_a_head_for_another_number_of_classes_is_new(path, num_classes):
     with_scales(convert(net, "seq"))
 
 
+def test_no_classes_leave_no_head(path):
+    net = vit()
+    qat.save(net, path)
+    x = images()
+    assert torch.equal(
+        qat.load_float(path, num_classes=0)(x),
+        net.eval().forward_head(net.forward_features(x), pre_logits=True),
+    )
+
+
 def test_pooling_that_was_changed_later_stays(path):
     net = vit()
     net.reset_classifier(10, "avg")
