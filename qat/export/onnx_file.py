@@ -8,6 +8,7 @@ the graph is then simplified (`rewrite.py`). Finally, the file is compared with 
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -169,7 +170,8 @@ def export_onnx(
     meta["preprocessing"] = None
     is_square = input_size[1] == input_size[2]
     if is_square and (data_of(net) or hasattr(net, "pretrained_cfg")):
-        meta["preprocessing"] = preprocessing(data_settings(data_config(net)))
+        with contextlib.suppress(UsageError):  # the file need not say how images are prepared
+            meta["preprocessing"] = preprocessing(data_settings(data_config(net)))
     batches = [images.cpu().float()]
 
     def write(unchecked: Path) -> CheckResult:

@@ -40,7 +40,7 @@ class Checkpoint:
     Attributes:
         path: the file.
         state: weights by name, without wrapper prefixes.
-        meta: metadata that `describe` returned; None for a timm checkpoint or a plain state dict.
+        meta: metadata that `describe` returned; None if absent, or if read as `timm` or `ofq`.
         step: number of optimizer steps, for a training checkpoint.
         args: arguments of the training script that wrote the file, as timm's scripts store them.
         training: for a training checkpoint with one optimizer, `epochs`, the number of completed
@@ -72,8 +72,8 @@ def read_checkpoint(
         setting: name of the setting for the file, for error messages.
 
     Raises:
-        UsageError: the file does not exist, is damaged, is not plain data, has another format, or
-            contains no weights.
+        UsageError: the file cannot be read, is not plain data, has another format, or contains no
+            usable weights; or `fmt` is unknown.
     """
     check_choice("ckpt_format", fmt, FORMATS)
     path = Path(path)
@@ -118,7 +118,7 @@ def _read_file(path: Path, origin: str) -> Any:
             "must be the checkpoint that it was exported from"
         )
     try:
-        if path.suffix == ".safetensors":
+        if path.suffix.lower() == ".safetensors":
             return _read_safetensors(path)
         # timm stores the arguments of its training script in this class.
         with safe_globals([argparse.Namespace]):
@@ -126,11 +126,11 @@ def _read_file(path: Path, origin: str) -> Any:
     except UsageError:
         raise
     except Exception as error:
-        # Replace torch's own message, which advises turning the check off.
+        # Replace torch's own message, which advises `weights_only=False`.
         reason: object = (
             "damaged, or contains more than tensors and plain data; save only the state_dict()"
         )
-        if path.suffix != ".safetensors" and not _looks_like_torch(path):
+        if path.suffix.lower() != ".safetensors" and not _looks_like_torch(path):
             reason = "must be a file of torch.save or safetensors"
         if isinstance(error, ValueError | OverflowError) or getattr(error, "filename", None):
             reason = getattr(error, "strerror", error)

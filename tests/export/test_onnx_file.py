@@ -93,6 +93,13 @@ def test_a_graph_may_end_in_a_mean_over_the_tokens(tmp_path):
 
 
 @pytest.mark.long
+def test_data_of_another_kind_are_not_described(tmp_path, net):
+    qat.save(net, tmp_path / "net.ckpt", data={"image_size": 16, "note": "x"})
+    loaded = qat.load(tmp_path / "net.ckpt")
+    assert qat.export_onnx(loaded, tmp_path / "net.onnx").problem is None
+
+
+@pytest.mark.long
 def test_a_query_bias_beside_a_folded_matrix_in_float(tmp_path):
     net = tiny.vit(depth=1)
     torch.nn.init.normal_(net.blocks[0].attn.qkv.bias)
