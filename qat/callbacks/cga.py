@@ -48,7 +48,7 @@ class BandGate:
         self.active = False
 
     def __call__(self, module: Quantizer, args: tuple[Tensor]) -> tuple[Tensor] | None:
-        """Return the matrix; entries outside the band are detached."""
+        """Return the matrix, with entries outside the band detached; None if inactive."""
         if not self.active:
             return None
         (matrix,) = args
@@ -64,15 +64,15 @@ class CGA(Callback):
     The frozen entries are chosen again in each step. Frozen entries get no gradient and are
     restored after the step (`EntryFreezer`), so that neither weight decay nor momentum changes
     them; their moments continue to decay. The choice depends only on the weights, so all processes
-    agree, nothing is stored, and a resumed run is exact. Biases, norms, tokens, scales, offsets,
-    stem and heads are trained as before.
+    agree, nothing is stored, and a resumed run is exact. All other parameters, such as biases,
+    norms, scales, stem and heads, continue to train.
 
     Args:
         boundary_range: half-width of the band around a threshold, in codes, 0 < value < 0.5.
         epochs: number of epochs of annealing; None = until the end of the run, or without
             `start_epoch`, the last tenth of the run.
         start_epoch: first epoch, counted from 0; None = the last `epochs` epochs anneal.
-        lr: constant learning rate while annealing; the schedule does not change it.
+        lr: constant learning rate while annealing, times the `lr_scale` of a group that has one.
         qk: treatment of query and key weights under query-key reparameterization. `reference` =
             they are trained freely, which is the effect of OFQ's code; `product` = the
             gradient of the folded matrix passes only for entries in its band; `freeze` = they are
@@ -157,7 +157,7 @@ class CGA(Callback):
             steps_per_epoch: optimizer steps of an epoch.
 
         Raises:
-            UsageError: annealing would begin after the last step.
+            UsageError: annealing would begin after the last step, or `epochs` is too large.
         """
         first_epoch, _ = self._annealing_epochs(trainer)
         first_step = first_epoch * steps_per_epoch
@@ -182,7 +182,7 @@ class CGA(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """While annealing, set the learning rate of the next step, before other callbacks log it.
+        """If the next step anneals, set its learning rate, before other callbacks log it.
 
         After the last batch, the next step belongs to the next epoch.
         """
@@ -191,9 +191,9 @@ class CGA(Callback):
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
-        """Zero the gradients of frozen entries, and save their values.
+        """While annealing, zero the gradients of frozen entries, and save the weights.
 
-        At this point, gradients are complete and not yet clipped.
+        Gradients are complete here; Lightning clips them later.
         """
         if not self._is_annealing(trainer.current_epoch):
             return

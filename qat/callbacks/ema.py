@@ -12,9 +12,9 @@ from qat.utils.validate import check_int, check_number
 class EMAWeightAveraging(callbacks.EMAWeightAveraging):
     """Exponential moving average of the weights, for validation and checkpoints.
 
-    Lightning's own callback copies the module before the module is moved, so that each step copies
-    all weights from the device. Lightning also updates weights one by one, and reads from the
-    device whether a step is the first.
+    Lightning's own callback copies the module before the module is moved, so that each update
+    copies all weights from the device. Lightning also updates weights one by one, and reads from
+    the device whether an update is the first.
 
     Args:
         decay: weight of the old average in an update, 0 to below 1.

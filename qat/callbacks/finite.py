@@ -1,4 +1,4 @@
-"""End a run whose loss, gradients or weights become NaN or infinite, before it saves them."""
+"""End a run if its loss, gradients or weights are not finite, before a checkpoint is saved."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ _NO_BAD_STEP = 2**62  # above every step number, so that the minimum over steps 
 
 
 class FiniteCheck(Callback):
-    """Ends a run at a non-finite loss, gradient or weight, and names the step and the module.
+    """Ends a run at a non-finite loss, gradient or weight, and names the step and the cause.
 
     Non-finite means NaN or infinite.
 
     The number of the first bad step is stored on the device. The callback reads the number every n
-    steps and before a checkpoint is written; on a CPU, where reading does not have to wait, before
-    each update. If the number is read late, weights are already damaged, and the error names the
-    first damaged weight instead of the cause.
+    steps and before a checkpoint is written, when weights are checked too; on a CPU, where reading
+    does not have to wait, before each update. If the number is read late, weights are already
+    damaged, and the error names the first damaged weight instead of the cause.
     With `trainer.precision=16-mixed`, the gradient scaler checks the gradients instead.
 
     Args:
@@ -43,7 +43,7 @@ class FiniteCheck(Callback):
     def __init__(self, every_n_steps: int = 50) -> None:
         check_int("callbacks.finite.every_n_steps", every_n_steps, 1)
         self.every_n_steps = every_n_steps
-        # (), int64; `_NO_BAD_STEP` if all steps were finite, None before the first check
+        # (), int64; `_NO_BAD_STEP` if all steps since the last read were finite, None = no steps
         self._first_bad_step: Tensor | None = None
         self._images: Any = None
 
@@ -62,7 +62,7 @@ class FiniteCheck(Callback):
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
-        """Check the complete, not yet clipped gradients; read the result if it is due."""
+        """Check the gradients before clipping, if no scaler does; read the result if due."""
         if getattr(trainer.precision_plugin, "scaler", None) is None:
             gradients = _gradients(pl_module)
             max_norm = torch.nn.utils.get_total_norm(gradients, norm_type=math.inf)
@@ -117,8 +117,8 @@ def _gradients(module: nn.Module) -> list[Tensor]:
 def _training_error(problem: str, cause: str | None) -> UsageError:
     """Make an error that is the same in every process.
 
-    The error names the cause found by the lowest rank that found a bad weight or image, or else
-    the cause found by the lowest rank.
+    The error names a bad weight or image, or else a bad output, from the lowest rank that found
+    one; if none did, it names the loss.
     """
     causes = [cause]
     if dist.is_initialized() and dist.get_world_size() > 1:

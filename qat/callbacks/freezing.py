@@ -30,20 +30,20 @@ _MAX_DRIFT = 0.25
 
 
 class IterativeFreezing(Callback):
-    """Freezes weights that oscillate more often than a threshold, which falls along a cosine.
+    """Freezes weights that oscillate more often than a threshold, which follows a cosine.
 
     A code is always computed from its latent weight. Therefore, a step does not change the latent
     weight of a frozen entry (`EntryFreezer`). If this weight is more than a quarter of a code from
     the middle of its cell (the values that round to its code), for example after a change of the
     step size, it is moved to the middle. As in the authors' code, freezing takes effect in the next
-    forward pass. The folded matrix of query-key reparameterization has no latent weights, and is
-    not frozen.
+    forward pass. Weights of DoReFa, of non-uniform grids or of more than 4 bits, and the folded
+    matrix of query-key reparameterization, are not frozen.
 
     Args:
         threshold: oscillation frequency above which a weight is frozen, at the start of the run;
             above 0, below 1.
-        final_threshold: threshold at the end of the run; at two to three times `momentum` or more,
-            only repeated flips exceed it.
+        final_threshold: threshold at the planned end of the run, above 0, below 1; from twice
+            `momentum` on, only repeated flips exceed it.
         momentum: weight of one step in the frequency and in the mean code.
 
     Raises:

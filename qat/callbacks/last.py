@@ -22,7 +22,7 @@ _CONTINUING_REASONS = (EarlyStoppingReason.NOT_STOPPED, EarlyStoppingReason.PATI
 
 
 class LastCheckpoint(Checkpoint):
-    """Writes `last.ckpt` at the end of every epoch and every n steps, and resumes from it.
+    """Writes `last.ckpt` at the end of every epoch and every n steps, and helps to resume from it.
 
     Lightning's ModelCheckpoint with an interval of steps would leave `last.ckpt` at the last
     multiple of the interval, not at the final weights.
@@ -57,8 +57,8 @@ class LastCheckpoint(Checkpoint):
     ) -> None:
         """Restore the records of best checkpoints, and set `patience` to its current setting.
 
-        The run may have moved to another directory. If a best file is missing, the record that
-        names it is dropped.
+        The run may have moved to another directory. If the best file of a callback is missing, the
+        callback's record is dropped.
         """
         states = checkpoint.get("callbacks", {})
         for callback in trainer.checkpoint_callbacks:
@@ -82,7 +82,7 @@ class LastCheckpoint(Checkpoint):
                 state["patience"] = stopping.patience
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Do not continue a run that had stopped early, unless its patience was raised.
+        """Do not continue a run that had stopped early, unless a raised patience allows it.
 
         Lightning does not restore `should_stop`, and would train another epoch each time.
         """
@@ -103,7 +103,7 @@ class LastCheckpoint(Checkpoint):
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Store the step and `should_stop` for comparison after the batch."""
+        """Store the step and `should_stop` for use after the batch."""
         self._step_before_batch = trainer.global_step
         self._should_stop_before_batch = trainer.should_stop
 
@@ -132,8 +132,8 @@ class LastCheckpoint(Checkpoint):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save after the validation and the callbacks before this one, to include their state.
 
-        If a limit of steps or time has cut the epoch short, the file records the epoch as
-        unfinished, and a run with a higher limit continues it.
+        If the epoch was cut short, for example by a limit of steps, the file records the epoch as
+        unfinished, and a resumed run that trains on continues it.
         """
         log_before_saving(trainer, is_epoch_end=True)
         epochs: Any = trainer.fit_loop.epoch_progress
@@ -170,7 +170,7 @@ class LastCheckpoint(Checkpoint):
         self.earlier_seconds = float(state_dict.get("seconds", 0.0))
 
     def save(self, trainer: Trainer) -> None:
-        """Save after a step, or after the validation if one follows.
+        """Save after a step if not yet done, or after the validation if one follows.
 
         A run that resumes from a file written before the validation would skip the validation.
         """
@@ -199,7 +199,7 @@ class LastCheckpoint(Checkpoint):
 
 
 def _move_state(state: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """A copy of the state of a ModelCheckpoint, with all its files in another folder."""
+    """A copy of a ModelCheckpoint's state, with its files' paths in another folder."""
     moved_state = dict(state)
     for key, path in state.items():
         if key.endswith("_path"):

@@ -35,7 +35,7 @@ def log_fraction(
 ) -> None:
     """Log the fraction of true entries over several masks, without waiting for the device.
 
-    Do nothing in steps that are not logged.
+    Do nothing without masks, or in steps that are not logged.
     """
     if masks and is_logging_step(trainer):
         num_true = torch.stack([mask.sum() for mask in masks]).sum()
@@ -80,14 +80,14 @@ class Oscillation(Callback):
     """Tracks the codes of weights before every n-th optimizer step, in 7 bytes per entry.
 
     The callback logs `osc/share`, the fraction of oscillating weights, `osc/band`, the fraction
-    near a threshold, `osc/frequency`, the mean frequency, and `osc/flips`, the flips so far. At the
-    end of the run, the callback writes a table with a row for each layer.
+    near a decision threshold, `osc/frequency`, the mean frequency, and `osc/flips`, the flips so
+    far. At the end of the run, the callback writes a table with a row for each layer.
 
     Args:
         momentum: weight of one update in the frequency, above 0 to below 1.
         threshold: a weight oscillates if its frequency is above this value.
         every_n_steps: optimizer steps between updates.
-        max_bits: weights of more bits are not tracked.
+        max_bits: weights of more bits, or in low-bit float formats, are not tracked.
         dirpath: folder of `oscillation.csv`; None = no file.
 
     Raises:
@@ -140,7 +140,7 @@ class Oscillation(Callback):
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
-        """Update the statistics with the codes of the last forward pass."""
+        """Update the statistics with the current codes, and log them, if due."""
         if trainer.global_step % self.every_n_steps == 0:
             for site in self._sites:
                 codes = site.quantizer.codes(site.latent())
@@ -181,7 +181,7 @@ class Oscillation(Callback):
         return torch.stack([value.to(weight.device).float() for value in sums])
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write the table, with the totals in the last row."""
+        """In the first process, write the table, if any; the last row has the totals."""
         if self.dirpath is None or not self._states or not trainer.is_global_zero:
             return
         sites = self._tracked_sites()

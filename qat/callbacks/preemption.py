@@ -50,7 +50,7 @@ class Preemption(Checkpoint):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Check for signals after an optimizer step, and save.
+        """After an optimizer step, check for signals; save if there is one.
 
         At the end of an epoch, `LastCheckpoint` saves anyway.
         """
@@ -66,15 +66,15 @@ class Preemption(Checkpoint):
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Stop before the next step, after the metrics of the last step were logged."""
+        """After a signal, stop here, where the metrics of the last step are logged already."""
         self._raise_if_signal(trainer)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Stop after an epoch that `LastCheckpoint` has saved and whose metrics were logged."""
+        """After a signal, stop here, where an earlier epoch is already saved and logged."""
         self._stop_if_any_signal(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Stop before the evaluation; from now on, a signal raises `Preempted` immediately."""
+        """After a signal, stop before the evaluation; else later ones raise `Preempted` at once."""
         self._stop_if_any_signal(trainer)
         signals.defer(on=False)
 
@@ -96,7 +96,8 @@ class Preemption(Checkpoint):
     def _exchange(self, *, wait: bool = False) -> int:
         """Start an exchange, and return the highest signal of all processes, or 0.
 
-        The returned signal is from the previous exchange, or with `wait` from this one.
+        The signal is from the previous exchange, or with `wait` from this one. A single process
+        only returns its own signal.
         """
         received_signal = signals.received_signal()
         if self._group is None:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from qat.tasks.conf import options
 
-# Settings whose values are paths, written as in a shell: full names, and last parts of such names.
+# Settings whose values are paths or model names: by full name, and by the last part of the name.
 PATHS = {"predict", "run", "sweep", "file", "run_dir", "model.name"}
 PATHS_OF_GROUPS = {"ckpt", "weights", "root", "dir", "dirpath", "save_dir"}
 # A quoted text; or a path, also in a list or sweep, that Hydra would read as a number or bool.
@@ -27,8 +27,9 @@ ADDABLE = re.compile(r"(quant|ptq)\.overrides|model\.args\..*|data\.image_size")
 def to_hydra(arguments: Sequence[str]) -> list[str]:
     """Translate arguments for Hydra.
 
-    A leading `~` is expanded, paths are quoted where Hydra's grammar needs quotes, settings that
-    may be missing get `++`, and a timm or hub model in `model=NAME` is replaced by its settings.
+    `~` and a leading `~/` in values are expanded, paths are quoted where Hydra's grammar needs
+    quotes, settings that may be missing get `++`, and a timm or hub model in `model=NAME` is
+    replaced by its settings.
     """
     is_multirun = "-m" in arguments or "--multirun" in arguments
     hydra_arguments = []
@@ -51,7 +52,7 @@ def to_hydra(arguments: Sequence[str]) -> list[str]:
 def _quote_path(value: str, *, is_multirun: bool) -> str:
     """Quote a path that Hydra would refuse, and every path that it would read as a number or bool.
 
-    The value may also be a list or a sweep of paths; `range(...)` and `interval(...)` stay as is.
+    The value may also be a list or, in a multirun, a sweep; its `range` or `interval` stays as is.
     """
     is_sweep = is_multirun and SWEEP.search(value)
     if not (PLAIN.fullmatch(value) or GRAMMAR.match(value) or is_sweep):
@@ -63,7 +64,7 @@ def _quote_path(value: str, *, is_multirun: bool) -> str:
 
 
 def _quote(value: str) -> str:
-    """Put a value in single quotes; double the backslashes before a quote and at the end."""
+    """Put a value in single quotes; escape quotes, and backslashes before a quote or the end."""
 
     def escape(match: re.Match[str]) -> str:
         backslashes, quote = match.groups()
@@ -74,7 +75,7 @@ def _quote(value: str) -> str:
 
 
 def _model_settings(name: str) -> list[str]:
-    """Settings for `model=NAME`; NAME is a config of qat, a hub repository or a timm model."""
+    """Settings for `model=NAME` if NAME is a hub or timm model; other names are unchanged."""
     if name.startswith("hf-hub:"):
         return ["model=_hub", f"model.name={name}"]
     if name in options("model") or not PLAIN.fullmatch(name):

@@ -198,7 +198,7 @@ class BatchMixup:
             the unchanged arguments.
 
         Raises:
-            UsageError: B is odd, in an epoch with mixing.
+            UsageError: B is odd in an epoch with mixing.
         """
         if self.off_epoch and epoch >= self.off_epoch:
             return images, target

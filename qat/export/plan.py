@@ -343,7 +343,7 @@ def code_offset(quantizer: FrozenActivation, cpu: str) -> Tensor:
 
 
 def squeeze_constant_dims(t: Tensor | None) -> Any:
-    """Shrink a tensor to size 1 along dimensions where it is constant. None for zeros or None."""
+    """Shrink a tensor to size 1 along constant dimensions. Returns None for zeros or None."""
     if t is None or not t.any():
         return None
     for dim in range(t.ndim):

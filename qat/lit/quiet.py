@@ -1,4 +1,4 @@
-"""Hide unneeded messages of Lightning and timm in the log of a run."""
+"""Hide unneeded messages of libraries in the log of a run."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ _IGNORED_WARNINGS = (
 
 
 def quiet_libraries() -> None:
-    """Hide messages that repeat the first lines of a run, and warnings about intended settings.
+    """Hide most information that Lightning and timm log, and warnings that need no action.
 
-    All other messages are shown once, by the handlers of the root logger.
+    Other log messages of Lightning are shown once, by the handlers of the root logger.
     """
     logging.getLogger("lightning").handlers.clear()
     for name in _WARNING_LEVEL:

@@ -1,4 +1,4 @@
-"""Lightning strategies for quantized nets, data-parallel or sharded (FSDP2), and checkpoint files.
+"""Lightning strategies (data-parallel or FSDP2), and plugins for batch norms and checkpoint files.
 
 `local_part` and `gather_tensor` convert `DTensor`s, and return other tensors unchanged.
 """
@@ -36,8 +36,8 @@ def choose_strategy(name: Any, processes: int) -> Any:
     """The name or object of Lightning's strategy for the setting `trainer.strategy`.
 
     Args:
-        name: the setting; names that only Lightning knows are returned unchanged, and in a run of
-            one process all names except `fsdp`.
+        name: the setting, a name or an object. With one process, `fsdp` becomes `auto`. With more,
+            `auto`, `fsdp`, `ddp` and `ddp_find_*` become objects. All else is unchanged.
         processes: number of processes of the run.
     """
     if processes == 1:
@@ -52,12 +52,12 @@ def choose_strategy(name: Any, processes: int) -> Any:
 
 
 def data_parallel(*, find_unused_parameters: bool = False) -> DDPStrategy:
-    """Lightning's DDP for nets whose buffers are the same in all processes.
+    """Lightning's DDP, but forward passes send no buffers to other processes.
 
-    This is true for buffers of quantizers, which do not change during training. The statistics of
-    batch norms are averaged before use (`QATModule`). By default, DDP sends all buffers before
-    every forward pass. A validation would then wait for ever if one process has more batches than
-    another, which is possible because no image is counted twice.
+    Buffers of quantizers do not change during training, and the statistics of batch norms are
+    averaged before use (`QATModule`). By default, DDP sends all buffers before every forward pass.
+    A validation would then wait for ever if one process has more batches than another, which is
+    possible because no image is repeated to make the numbers equal.
 
     Args:
         find_unused_parameters: True for nets with parameters that a step does not use, for example
@@ -85,8 +85,8 @@ class ShardedStrategy(DDPStrategy):
 
     Validations gather all weights, and tests use unsharded nets. Lightning's own sharding
     strategies refuse CPUs (`fsdp`), or bypass the trainer's `CheckpointIO`
-    (`ModelParallelStrategy`). With this strategy, checkpoints equal those of a single process: the
-    first process gathers all full tensors on the CPU, one by one.
+    (`ModelParallelStrategy`). With this strategy, checkpoints equal those of a single process: full
+    tensors are gathered one by one, and the first process keeps them on the CPU.
     """
 
     def configure_ddp(self) -> None:
@@ -94,7 +94,7 @@ class ShardedStrategy(DDPStrategy):
 
         Each process keeps its part of every parameter, split along the first dimension. Parameters
         of a block (`find_blocks`) are gathered while the block is computed; all other parameters,
-        for the whole forward and backward pass.
+        while the whole net is computed.
         """
         net = self._net
         if sharded_modules(net):
@@ -155,7 +155,7 @@ class ShardedStrategy(DDPStrategy):
             module.reshard()
 
     def teardown(self) -> None:
-        """Free the optimizers; sharded weights stay on their device, where they can be gathered."""
+        """Tear down like Lightning, but keep a sharded net on its device, to gather it there."""
         if self.lightning_module is None or not sharded_modules(self._net):
             super().teardown()
             return
@@ -177,7 +177,7 @@ class ShardedStrategy(DDPStrategy):
                         state[key] = shard_like(value, parameter)
 
     def _gather_state(self, state: dict[str, Any]) -> dict[str, Any]:
-        """The state with full tensors on the CPU in the first process, empty in the others."""
+        """The state with `DTensor`s gathered on the CPU in the first process, empty in others."""
 
         def gather(tensor: DTensor) -> Tensor | None:
             full_tensor = gather_tensor(tensor)
@@ -212,7 +212,7 @@ def shard_like(tensor: Tensor, other: Tensor) -> Tensor:
 
 
 class SyncBatchNorms(TorchSyncBatchNorm):
-    """Synchronizes batch norms by timm's conversion, which keeps activations in timm's norms."""
+    """Synchronizes batch norms by timm's conversion, which keeps their activation functions."""
 
     def __init__(self) -> None:
         self._originals: dict[nn.Module, nn.Module] = {}
@@ -246,7 +246,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None
     ) -> None:
-        """Write a checkpoint; an existing `last.ckpt` is kept as `last.prev.ckpt`.
+        """Write a checkpoint; a `last.ckpt` that it replaces is kept as `last.prev.ckpt`.
 
         Raises:
             UsageError: the file cannot be written.
@@ -265,6 +265,6 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         map_location: Any | None = None,
         weights_only: bool | None = None,  # noqa: FBT001
     ) -> dict[str, Any]:
-        """Read a checkpoint; `weights_only` is always true."""
+        """Read a checkpoint by `read_torch`; `weights_only` is not used."""
         checkpoint: dict[str, Any] = read_torch(path, map_location=map_location)
         return checkpoint

@@ -1,4 +1,4 @@
-"""A frozen net whose logits a student learns from, and a recorder of module outputs."""
+"""A frozen net whose outputs a student learns from, and a recorder of module outputs."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ class OutputRecorder:
 
     @classmethod
     def for_blocks(cls, net: nn.Module, selection: str | None) -> OutputRecorder:
-        """Record outputs of `all` blocks of a net, of the `last` block, or of none."""
+        """Build a recorder of `all` blocks of a net, of the `last` block, or (None) of no block."""
         blocks = list(find_blocks(net).values()) if selection else []
         if selection == "last":
             blocks = blocks[-1:]
         return cls(blocks)
 
     def __deepcopy__(self, memo: dict[int, object]) -> OutputRecorder:
-        """Return the same object: a copy of the net holds averaged weights, and is not trained."""
+        """Return the same object: copies of a net, such as averaged weights, need no recorder."""
         return self
 
     def _record(self, module: nn.Module, args: Any, output: Any) -> None:
@@ -47,9 +47,9 @@ class OutputRecorder:
 
     @contextmanager
     def record_pass(self) -> Generator[list[Tensor]]:
-        """Yield a list to which the pass in this block adds outputs, in the order of computation.
+        """Yield a list to which a pass in the `with` block adds outputs, in order of computation.
 
-        The outputs are part of the pass's autograd graph.
+        The outputs are not detached.
         """
         self._is_open = True
         try:
@@ -110,7 +110,7 @@ class Teacher:
 
     @torch.no_grad()
     def with_features(self, images: Tensor, selection: str | None) -> tuple[Tensor, list[Tensor]]:
-        """Logits (B, K) of images (B, C, H, W), and outputs of `all`, the `last` or no blocks."""
+        """Logits (B, K) of images (B, C, H, W), and outputs as in `OutputRecorder.for_blocks`."""
         if selection not in self._outputs:
             self._outputs[selection] = OutputRecorder.for_blocks(self.net, selection)
         with self._outputs[selection].record_pass() as features:

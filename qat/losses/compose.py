@@ -21,13 +21,13 @@ class StepContext:
     """Inputs and outputs of one training step, from which loss terms are computed.
 
     Attributes:
-        logits: (B, K), or for a distilled net in training a pair (class head, distillation head).
+        logits: (B, K), or a pair (class head, distillation head) of a net in distilled training.
         target: (B,) class ids or (B, K) probabilities.
         teacher_logits: (B, K); None without a teacher.
         net: the net in training, for terms on its weights.
         progress: completed fraction of the optimizer steps of the run, 0 to 1.
-        features: outputs of the net's blocks; empty unless a term reads them.
-        teacher_features: outputs of the teacher's blocks; empty unless a term reads them.
+        features: outputs (B, ...) of those blocks of the net that terms read; may be empty.
+        teacher_features: outputs (B, ...) of the same blocks of the teacher; may be empty.
     """
 
     logits: Tensor | tuple[Tensor, Tensor]
@@ -40,14 +40,14 @@ class StepContext:
 
     @property
     def heads(self) -> tuple[Tensor, Tensor]:
-        """Logits of the class head and of the distillation head; equal for a net with one head."""
+        """Logits (B, K) of class head and distillation head; equal unless `logits` is a pair."""
         if isinstance(self.logits, tuple):
             return self.logits
         return self.logits, self.logits
 
     @property
     def prediction(self) -> Tensor:
-        """Logits (B, K) that the net would return in evaluation: the mean of its two heads."""
+        """Logits (B, K), combined as in evaluation: the mean of a pair, or else the logits."""
         class_logits, distillation_logits = self.heads
         if class_logits is distillation_logits:
             return class_logits
@@ -78,10 +78,10 @@ class LossTerm(nn.Module, ABC):
         self.logged_values: dict[str, Tensor] = {}
 
     def prepare(self, net: nn.Module) -> None:
-        """Check once, before the first step, that the net has the tensors that the term reads.
+        """Check a net once, before the first step; by default, nothing is checked.
 
         Raises:
-            UsageError: the net does not have these tensors.
+            UsageError: the net lacks tensors that the term reads.
         """
 
     @abstractmethod
@@ -97,8 +97,7 @@ class CompositeLoss(nn.Module):
 
     Attributes:
         needs_teacher: True if a term reads outputs of a teacher.
-        blocks: the blocks whose outputs terms compare with the teacher's, `all` or `last`; None =
-            no blocks.
+        blocks: the blocks whose outputs terms read, `all` or `last`; None = no blocks.
 
     Raises:
         UsageError: there are no terms, a term is not a `LossTerm`, terms read different blocks, or

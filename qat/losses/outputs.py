@@ -68,7 +68,11 @@ class Distillation(LossTerm):
         self.temperature = temperature
 
     def forward(self, step: StepContext) -> Tensor:
-        """The loss, a scalar."""
+        """The loss, a scalar.
+
+        Raises:
+            ValueError: there are no teacher logits.
+        """
         if step.teacher_logits is None:
             raise ValueError("Distillation needs teacher logits; build QATModule with a teacher")
         class_logits, distillation_logits = step.heads
@@ -109,8 +113,8 @@ class FeatureDistillation(LossTerm):
         """The loss, a scalar, multiplied by the schedule.
 
         Raises:
-            UsageError: the net has no blocks, or the blocks of net and teacher return different
-                shapes.
+            UsageError: the net has no blocks, or the blocks of net and teacher differ in number or
+                in output shapes.
         """
         shapes = [tuple(feature.shape[1:]) for feature in step.features]
         teacher_shapes = [tuple(feature.shape[1:]) for feature in step.teacher_features]

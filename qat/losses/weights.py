@@ -20,7 +20,7 @@ from qat.utils.validate import check_int, check_number
 
 
 def latent_weights(net: nn.Module) -> list[Tensor]:
-    """Float weights of Linears and convolutions, except for stem and heads (as in KURE's paper).
+    """Float weights of Linears and `Conv2d`s, except for stem and heads (as in KURE's paper).
 
     Args:
         net: the net. If it is quantized, the result contains only weights with a quantizer (float
@@ -52,14 +52,14 @@ def latent_weights(net: nn.Module) -> list[Tensor]:
 
 
 class Kure(LossTerm):
-    """(Kurtosis - target)^2 of the float weights of each layer, reduced to one number.
+    """(Kurtosis - target)^2 of each tensor of `latent_weights`, reduced to one number.
 
     A target of 1.8 pulls the weights to a uniform distribution.
 
     Args:
         weight: factor in the sum; 1.0 in all runs published by the authors of KURE.
         target: target of the kurtosis, above 1.
-        reduction: `mean`, `sum` or `max` over the layers.
+        reduction: `mean`, `sum` or `max` over the tensors.
     """
 
     needs_whole_weights = True
@@ -74,7 +74,7 @@ class Kure(LossTerm):
         self.reduction = reduction
 
     def prepare(self, net: nn.Module) -> None:
-        """Check that the net has weights to regularize."""
+        """Raise `UsageError` if the net has no weights to regularize."""
         latent_weights(net)
 
     def forward(self, step: StepContext) -> Tensor:
@@ -94,8 +94,8 @@ class Dampening(LossTerm):
 
     The factor on this sum grows from 0 along half a cosine wave. A weight between two levels is
     pulled to the nearer level; a weight on a level, or outside the outermost levels, is not pulled.
-    With QKR, the folded matrix is treated like any weight, and the gradient reaches both of its
-    factors.
+    A folded matrix of query-key reparameterization is treated like any weight; the gradient reaches
+    both of its factors.
 
     Args:
         weight: factor at the end of the run, lambda in the paper.
@@ -114,7 +114,7 @@ class Dampening(LossTerm):
         """The loss, a scalar, multiplied by the schedule.
 
         Raises:
-            UsageError: the net has no weights of at most `max_bits` bits on evenly spaced values.
+            UsageError: the net is frozen, or all of its weights are skipped (see `max_bits`).
         """
         squared_distances = []
         for site in iter_quantizers(step.net):
@@ -124,7 +124,7 @@ class Dampening(LossTerm):
             grid = site.quantizer.grid(weight.detach())
             if isinstance(grid, UniformGrid) and not isinstance(grid, SquashedGrid):
                 clipped_weight = weight.clamp(*grid.ends(weight.ndim))
-                # Detached, so that the step size gets no gradient from this term.
+                # Detached: its gradient would cancel the clipped weight's, and reach the step size.
                 quantized_weight = site.quantizer(weight).detach()
                 squared_distances.append((quantized_weight - clipped_weight).square().sum())
         if not squared_distances:

@@ -97,8 +97,9 @@ def check_net(
 ) -> None:
     """Raise `ValueError` if a model, or an image for it, needs much more memory than `weights`.
 
-    Numbers beyond `MAX_ARGUMENT` in `kwargs` also raise it. The model is built on the meta device,
-    which takes no memory, or else on the CPU; it is called on the meta device.
+    Numbers beyond `MAX_ARGUMENT` in `kwargs` also raise it, as timm may for wrong arguments. The
+    model is built on the meta device, which takes no memory, or else on the CPU; it is called on
+    the meta device.
 
     Args:
         name: timm name of the model.

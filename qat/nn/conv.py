@@ -44,8 +44,8 @@ class QuantConv2d(nn.Conv2d, QuantModule):
         """Map (B, I, H, W) to (B, O, H', W')."""
         x_q = self.input_quantizer(x)
         weight_q = self.quantized_weight("weight")
-        # Evaluation sums in the same order as frozen and exported models. A later quantizer may
-        # compute one scale from this whole output; a difference in the last bit of that scale
+        # Without gradients, sum in the same order as frozen and exported models. A later quantizer
+        # may compute one scale from this whole output; a difference in the last bit of that scale
         # affects all codes.
         if torch.is_grad_enabled() and self.is_patchwise:
             return self._convolve_patches(x_q, weight_q)
@@ -53,7 +53,7 @@ class QuantConv2d(nn.Conv2d, QuantModule):
 
     @property
     def is_patchwise(self) -> bool:
-        """True if the input quantizer learns, and there are no overlaps, padding or groups."""
+        """True for a learned input quantizer and adjacent patches without padding or groups."""
         learns = next(self.input_quantizer.parameters(), None) is not None
         has_no_overlap = self.kernel_size == self.stride and self.dilation == (1, 1)
         has_no_padding = self.padding in {(0, 0), "valid"}
@@ -62,8 +62,8 @@ class QuantConv2d(nn.Conv2d, QuantModule):
     def _convolve_patches(self, x: Tensor, weight: Tensor) -> Tensor:
         """Compute the convolution as one matrix product.
 
-        The quantizer of the image learns from the gradient of the image. With a convolution,
-        computing this gradient takes several times as long.
+        The input quantizer learns from the gradient of the input. With a convolution, computing
+        this gradient takes several times as long.
         """
         height, width = self.kernel_size
         rows = x.shape[2] // height

@@ -46,8 +46,8 @@ class QuantRopeAttention(QuantAttention):
         Args:
             x: (B, N, C).
             rope: (N - prefix, 2*d) or broadcastable, timm's embedding; None = no rotation.
-            attn_mask: boolean or additive, broadcastable to (B, h, N, N).
-            is_causal: True = mask later tokens.
+            attn_mask: boolean (True = attend) or additive, broadcastable to (B, h, N, N).
+            is_causal: True = mask later tokens, and ignore `attn_mask`.
         """
         q, k, v = self.project_qkv(x)
         q, k = self.to_heads(q, k)

@@ -59,14 +59,14 @@ class IntegerLayerNorm(nn.LayerNorm):
 
 
 def make_norm(norm: nn.Module, context: SwapContext) -> nn.Module:
-    """The norm itself, or an `IntegerLayerNorm` if the recipe has `layernorm=integer`."""
+    """`norm`, or an `IntegerLayerNorm` for a LayerNorm if the recipe has `layernorm=integer`."""
     if context.recipe.layernorm == "integer" and isinstance(norm, nn.LayerNorm):
         return shallow_cast(IntegerLayerNorm, norm)
     return norm
 
 
 class FqAttention(ScoredAttention):
-    """Attention with one quantizer after `qkv`, one on the scores and one after `proj`."""
+    """Attention with quantizers after `qkv`, on scores and probabilities, and after `proj`."""
 
     def __init__(self, attention: Any, context: SwapContext) -> None:
         super().__init__(attention, context)
@@ -82,7 +82,7 @@ class FqAttention(ScoredAttention):
         return split_heads(q, self.num_heads), split_heads(k, self.num_heads), v
 
     def attend(self, scores: Tensor, v: Tensor, x: Tensor) -> Tensor:
-        """Compute the attention as the base class does, and quantize the output."""
+        """Compute `attend` of the base class, and quantize its output (B, N, C_out)."""
         return self.output_quantizer(super().attend(scores, v, x))
 
 
@@ -146,7 +146,7 @@ class FqPatchEmbed(_FqOutput, timm_layers.PatchEmbed):
 
 
 class FqPatchMerging(_FqOutput, PatchMerging):
-    """Patch merging with a quantized output: (B, H, W, C) to (B, H/2, W/2, C_out)."""
+    """Patch merging with a quantized output: (B, H, W, C) to (B, ceil(H/2), ceil(W/2), C_out)."""
 
 
 class FqHead(_FqOutput, QuantLinear):
@@ -154,7 +154,7 @@ class FqHead(_FqOutput, QuantLinear):
 
 
 class FqNet(VisionTransformer):
-    """A ViT with quantizers of the joined tokens, of the position embedding, and of their sum."""
+    """A ViT with quantizers of joined tokens, any position embedding, and the final embedding."""
 
     def add_quantizers(self, context: SwapContext) -> None:
         """Add the quantizers that belong to the model itself."""
@@ -164,7 +164,7 @@ class FqNet(VisionTransformer):
         self.embedding_quantizer = context.act("residual")
 
     def _pos_embed(self, x: Tensor) -> Tensor:
-        """Add prefix tokens and positions to patches (B, N, C), in timm's order."""
+        """Join prefix tokens and patches (B, N, C), add any positions in timm's order, quantize."""
         tokens = []
         for name in ("cls_token", "dist_token", "reg_token"):
             token = getattr(self, name, None)
@@ -182,8 +182,8 @@ class FqNet(VisionTransformer):
         """Give each integer norm the quantizers before and after the norm.
 
         Raises:
-            UsageError: one of these quantizers is not affine, or has scales over which integers
-                cannot be summed.
+            UsageError: one of these quantizers is not affine, or has scales that integer norms do
+                not support.
         """
         for name, norm, before, after in self._norms():
             if not isinstance(norm, IntegerLayerNorm):
@@ -195,8 +195,8 @@ class FqNet(VisionTransformer):
                 )
             spec_before = before.spec  # type: ignore[attr-defined]
             spec_after = after.spec  # type: ignore[attr-defined]
-            # The norm sums over the channels of a token, so the scales before the norm must all be
-            # equal, or one scale times powers of two.
+            # The norm sums over the channels of a token, so their scales must be equal, or one
+            # scale times powers of two. `integer_layer_norm` takes no scale per token.
             has_token_scales = TOKEN_AXIS in {spec_before.axis, spec_after.axis}
             can_sum = spec_before.axis is None or spec_before.observer == "ptf"
             if has_token_scales or not can_sum:
@@ -207,7 +207,7 @@ class FqNet(VisionTransformer):
             norm.outer_quantizers = (before, after)  # type: ignore[assignment]
 
     def _norms(self) -> Iterator[tuple[str, nn.Module, object, object]]:
-        """Name and module of each norm, and the quantizers before and after the norm.
+        """The norms of each `FqBlock` and the last norm: name, module, quantizers before and after.
 
         A quantizer is None if it is not known.
         """
@@ -244,10 +244,10 @@ class FqDistilledNet(FqNet, VisionTransformerDistilled):
 @register_swap(VisionTransformer, "fqvit_net")
 @register_swap(VisionTransformerDistilled, "fqvit_net")
 def swap_net(module: VisionTransformer, context: SwapContext) -> Swap:
-    """Add quantizers to the model, which stays the same object.
+    """Add quantizers to the model in place; see `make_norm` for a norm directly before the head.
 
     Raises:
-        UsageError: the position embedding depends on the size of the image.
+        UsageError: the model takes images of any size.
     """
     if module.dynamic_img_size:
         raise UsageError(
@@ -290,7 +290,7 @@ class FqWindowAttention(RelativeBias, FqAttention):
 
 
 class FqSwinBlock(SwinTransformerBlock):
-    """A Swin block with quantizers after the MLP and both sums; made by `shallow_cast`."""
+    """A Swin block with quantizers after the MLP and residual sums; made by `shallow_cast`."""
 
     residual1_quantizer: nn.Module
     mlp_quantizer: nn.Module
@@ -317,7 +317,7 @@ def swap_attention(module: Any, context: SwapContext) -> Swap:
 @register_swap(Block, "fqvit")
 @register_swap(SwinTransformerBlock, "fqvit")
 def swap_block(module: Block | SwinTransformerBlock, context: SwapContext) -> Swap:
-    """Add quantizers to a block of ViT or Swin."""
+    """Add quantizers to a block of ViT or Swin; see `make_norm` for its norms."""
     block: Any = shallow_cast(FqBlock if isinstance(module, Block) else FqSwinBlock, module)
     block.norm1 = make_norm(module.norm1, context)
     block.norm2 = make_norm(module.norm2, context)
@@ -336,7 +336,7 @@ def swap_output(module: nn.Module, context: SwapContext) -> Swap:
 
 
 def _add_output_quantizer(cls: type[_FqOutput], module: nn.Module, context: SwapContext) -> Swap:
-    """Cast the module to `cls`, with a quantizer after it."""
+    """Cast the module to `cls`, and add an output quantizer."""
     cast = shallow_cast(cls, module)
     cast.output_quantizer = context.act("output")
     return Swap(cast)

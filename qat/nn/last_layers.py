@@ -37,10 +37,10 @@ def named_outputs(out: object) -> dict[str, Tensor]:
 
 
 def last_layers(net: nn.Module, models: list[Any], image: Tensor) -> frozenset[nn.Module]:
-    """Layers whose output reaches a model output without passing through another layer.
+    """Linears and `Conv2d` layers whose output reaches a prediction without another one between.
 
     These are classifiers, the last layers of box and mask predictors, and projections of
-    embeddings. An encoder has no such layers.
+    embeddings. Outputs in `_FEATURES` do not count, so an encoder has no such layers.
 
     Args:
         net: the model, or a module around it.

@@ -1,4 +1,4 @@
-"""Quantized `nn.Linear`, and the modules around it: timm's `Mlp`, LayerNorm, GELU and dropout."""
+"""Quantized `nn.Linear`, and swaps of modules around it, such as LayerNorm, GELU and dropout."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def swap_linear(module: nn.Linear, context: SwapContext) -> Swap:
 
 @register_swap(timm_layers.Mlp, "linear")
 def swap_mlp(module: nn.Module, context: SwapContext) -> Swap:
-    """Keep an `Mlp`, and mark the input of `fc2` as unsigned if it follows an activation function.
+    """Keep an `Mlp`, and mark the input of `fc2` as unsigned if a `NEARLY_POSITIVE` act outputs it.
 
     Checkpoints from versions without `ActivationTracer` depend on this mark (`signs="mlp"`, see
     `qat.model.convert.Conversion`).
@@ -80,14 +80,14 @@ def swap_encoder_layer(module: nn.Module, context: SwapContext) -> Swap:  # noqa
 
 
 def _can_attach_source(module: nn.Module, x: Tensor, out: Tensor) -> bool:
-    """True if a quantized Linear may save the input `x` of a module instead of the output."""
+    """True if a quantized layer may save the input `x` of a module instead of its output `out`."""
     needs_grad = torch.is_grad_enabled() and out.requires_grad
     # A hook may request gradients of the output later.
     return can_fuse(x) and needs_grad and out.dtype == x.dtype and not is_hooked(module)
 
 
 class LayerNorm(nn.LayerNorm):
-    """`nn.LayerNorm` that lets a quantized Linear save the norm's input instead of its output."""
+    """`nn.LayerNorm` that lets a quantized layer save the norm's input instead of its output."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., C) to the same shape."""
@@ -121,7 +121,7 @@ class Dropout(nn.Dropout):
 
 @register_swap(nn.Dropout, "linear")
 def swap_dropout(module: nn.Module, context: SwapContext) -> Swap:  # noqa: ARG001
-    """Replace a dropout by `Dropout`, so that a Linear after it can still save the GELU's input."""
+    """Replace a dropout, so that a Linear after it can save the input of a GELU before it."""
     return Swap(shallow_cast(Dropout, module))
 
 

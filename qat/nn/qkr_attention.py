@@ -18,24 +18,24 @@ from qat.nn.swap_registry import SwapContext
 
 
 def _parameter_like(source: Tensor, values: Tensor) -> nn.Parameter:
-    """A copy of `values` as a parameter; it is frozen if `source` is frozen."""
+    """A copy of `values` as a parameter, with the `requires_grad` of `source`."""
     return nn.Parameter(values.clone(), requires_grad=source.requires_grad)
 
 
 class QkrAttention(ScoredAttention, QuantModule):
     """Attention with query-key reparameterization (QKR).
 
-    Scores are Xq[n] . Q(M_h Xq[m]), with the quantized input Xq and M_h = Wq_h^T Wk_h. M is also
-    quantized. The quantizer Q of the product has the role `k`.
+    Without biases, scores are Xq[n] . Q(M_h Xq[m]), with the quantized input Xq and the quantized
+    M_h = Wq_h^T Wk_h. The quantizer Q of the product has the role `k`.
 
     Args:
         attention: the timm module, with its weights in `qkv`.
         context: recipe and place of the attention.
 
     Attributes:
-        q_weight: Wq (h*d, C), rows grouped by head.
-        k_weight: Wk (h*d, C), rows grouped by head.
-        q_bias: (h*d,), the query bias; None unless the recipe has `qk_bias=fold`. The paper's code
+        q_weight: Wq (h*d, C), rows grouped by head; None once M is frozen.
+        k_weight: Wk (h*d, C), like `q_weight`.
+        q_bias: (h*d,), the query bias, or None; kept only with `qk_bias=fold`. The paper's code
             drops the query bias, and this changes the result. The key bias is always dropped,
             because it does not change a softmax.
         folded_bias: (h, C), the folded query bias in a frozen model, or None.
@@ -146,7 +146,7 @@ class QkrAttention(ScoredAttention, QuantModule):
         return QkrQuantizers(input=x, product=product, values=values, probs=probs)
 
     def timm_weights(self) -> dict[str, Tensor]:
-        """Tensors of timm's module, detached, without the tensors of `proj` and other children.
+        """Weight and bias, if any, of timm's `qkv`, detached, by their names in timm's module.
 
         The key bias and a dropped query bias are zero.
         """

@@ -15,7 +15,7 @@ M = TypeVar("M", bound=nn.Module)
 def shallow_cast(cls: type[M], module: nn.Module) -> M:
     """A module of class `cls` that shares parameters, buffers, children and settings of `module`.
 
-    No tensor or child is copied, but children added to the result are not added to `module`.
+    No tensor or child is copied, but setting an attribute of the result leaves `module` as is.
     """
     cast = cls.__new__(cls)
     cast.__dict__.update(module.__dict__)
@@ -41,8 +41,8 @@ def is_hooked(module: nn.Module) -> bool:
 class QuantModule(nn.Module):
     """A module with quantizers among its attributes."""
 
-    # The cache. For each role: a key of everything that the quantized weight depends on, and the
-    # weight. None = each forward pass quantizes again. `keep_weights` turns the cache on and off.
+    # For each role (see `latent`): a key that shows changes of the tensors that the quantized
+    # weight depends on, and this weight. None = no cache. `keep_weights` turns it on and off.
     weight_cache: dict[str, tuple[Any, Tensor]] | None = None
 
     def latent(self, role: str) -> Tensor:
@@ -112,7 +112,7 @@ def keep_weights(net: nn.Module, *, keep: bool) -> None:
 
 @contextlib.contextmanager
 def cached_weights(net: nn.Module) -> Generator[None]:
-    """Keep quantized weights inside a `with` block. Do not change the weights in this block."""
+    """Keep quantized weights in a `with` block (see `keep_weights`); then stop keeping weights."""
     keep_weights(net, keep=True)
     try:
         yield

@@ -10,9 +10,9 @@ from qat.nn.swap_registry import SwapContext
 
 
 class RelativeBias(nn.Module):
-    """timm's float table of biases, one for each head and relative position.
+    """timm's table of biases, one for each head and relative position.
 
-    This is a mixin: list it before the attention class.
+    This is a mixin: list it before the attention class. In some BEiTs, both attributes are None.
 
     Attributes:
         relative_position_bias_table: (relative positions, h).

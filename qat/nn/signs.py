@@ -24,10 +24,10 @@ NEARLY_POSITIVE = (
     timm_layers.QuickGELU,
 )
 _ACTIVATIONS = {F.gelu, F.relu, F.relu6, F.silu, F.hardswish, torch.relu, Tensor.relu, torch.relu_}
-# Activations whose negative tail only a learned offset can fit. Inputs of convolutions have no
-# offsets.
+# Activations with a longer negative tail, which an unsigned grid from zero cuts off. Inputs of
+# convolutions have no offsets.
 _LONG_TAILS = (nn.SiLU, nn.Hardswish)
-# Functions that may copy a tensor, but keep its values.
+# Functions that may copy, drop or pad values, but keep their signs.
 _COPIES = {
     F.dropout,
     F.max_pool2d,
@@ -96,7 +96,7 @@ class ActivationTracer(TorchFunctionMode):
         self.layers[layer] = is_unsigned and self.layers.get(layer, True)
 
     def _find_output(self, args: tuple[Any, ...]) -> tuple[Tensor, int, bool] | None:
-        """The entry of the first argument, if it is an output of an activation function."""
+        """The entry of `outputs` for the first argument; None without a current entry."""
         output = self.outputs.get(args[0].untyped_storage()._cdata) if args else None
         if output is None or args[0]._version != output[1]:
             return None

@@ -52,9 +52,9 @@ class SwapContext:
         )
 
     def product_quantizer(self) -> Quantizer:
-        """A quantizer for QKR's product, as for keys, but without offsets.
+        """A quantizer for the product in `QkrAttention`, as for keys, but without offsets.
 
-        The bias of the folded linear map replaces the offset before the quantizer.
+        `QkrAttention.product_offset` replaces the offset before the quantizer.
         """
         spec = self.recipe.act_spec("k", self.place)
         return build_quantizer(dataclasses.replace(spec, offsets="none"))
@@ -97,7 +97,7 @@ def register_swap(cls: type[nn.Module], intent: str) -> Callable[[SwapFunction],
     """Use the decorated function for modules whose class is exactly `cls`.
 
     Args:
-        cls: a class of timm or torch.
+        cls: a class of modules.
         intent: `linear`, `conv`, `attention` or `qkr_attention`; `float_attention` for classes that
             use the weights of their Linears without calling the Linears; `fqvit` for swaps that are
             tried first with placement `fqvit`; `fqvit_net` for the model itself with this
@@ -114,9 +114,9 @@ def register_swap(cls: type[nn.Module], intent: str) -> Callable[[SwapFunction],
 def find_swap(module: nn.Module, context: SwapContext) -> SwapFunction | None:
     """The swap for a module. Returns None if the module stays unchanged.
 
-    Modules with a replaced `forward` stay unchanged, and so do Linears and convolutions with more
-    than a weight and a bias (see `is_plain_layer`). An attention class that has no swap for the
-    recipe's intent stays float, except for its Linears.
+    Modules with a replaced `forward` stay unchanged, and so do Linears and convolutions that are
+    not plain (see `is_plain_layer`). An attention class that has no swap for the recipe's intent
+    stays float, except for its Linears.
     """
     if "forward" in vars(module):
         return None
@@ -149,8 +149,7 @@ def swap_net(net: nn.Module, context: SwapContext) -> Swap:
     """Swap the model itself as the recipe's placement requires; the model stays the same object.
 
     Raises:
-        UsageError: the recipe has integer norms, but this model has no swap that connects norms
-            with the quantizers around them.
+        UsageError: this model cannot have the recipe's placement or integer norms.
     """
     swap = _SWAPS.get((type(net), f"{context.recipe.placement}_net"))
     if swap is not None:

@@ -1,6 +1,6 @@
 """Quantized Swin: window attention, and MLPs whose input is a feature map.
 
-timm's block pads and shifts the map before the attention, so there is one scale for each position
+timm's block pads and shifts the map before the attention, so scales per token belong to positions
 inside a window. Source: OFQ, arXiv 2302.02210.
 """
 
@@ -57,7 +57,7 @@ class MapMlp(timm_layers.Mlp):
     """timm's `Mlp` on tokens (B, H*W, C) viewed as a map (B, H, W, C); made by `shallow_cast`.
 
     Attributes:
-        columns: W; 0 = view the tokens as one row, because nothing depends on the shape of the map.
+        columns: W; 0 = view the tokens as one row, because no scale depends on the column.
     """
 
     columns: int
@@ -78,7 +78,7 @@ register_attention(WindowAttention, QuantWindowAttention, QkrWindowAttention)
 @register_swap(SwinTransformerBlock, "linear")
 @register_swap(SwinTransformerV2Block, "linear")
 def swap_block(module: SwinTransformerBlock | SwinTransformerV2Block, context: SwapContext) -> Swap:
-    """Keep the block, but let `mlp` see the feature map, which timm passes as flat tokens."""
+    """Keep the block, but let `mlp` view its flat tokens as a feature map; see `MapMlp`."""
     mlp = shallow_cast(MapMlp, module.mlp)
     mlp.columns = 0
     if context.recipe.map_scales == "column":

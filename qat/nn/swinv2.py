@@ -18,7 +18,7 @@ from qat.nn.attention_swaps import register_attention
 from qat.nn.score_terms import add_window_mask
 from qat.nn.swap_registry import Swap, SwapContext, register_swap
 
-# Swin v2, section 3.2: the learned temperature is at least 0.01, and the bias between 0 and 16.
+# Swin v2, section 3.2: the learned temperature is at least 0.01. In timm, biases are in [0, 16].
 _MIN_TEMPERATURE = 0.01
 _MAX_BIAS = 16
 

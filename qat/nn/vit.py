@@ -17,7 +17,10 @@ from qat.nn.swap_registry import Swap, SwapContext, register_swap
 
 
 def apply_mask(scores: Tensor, attn_mask: Tensor | None, *, is_causal: bool) -> Tensor:
-    """Apply a mask in timm's sense (boolean, additive or causal) to scores (B, h, N, N)."""
+    """Apply a causal mask, or else `attn_mask`, to scores (B, h, N, N).
+
+    A boolean mask keeps scores where it is True, other masks are added; None has no effect.
+    """
     mask = resolve_self_attn_mask(scores.shape[-1], scores, attn_mask, is_causal)
     return maybe_add_mask(scores, mask)
 
@@ -97,7 +100,7 @@ class QuantAttentionPool(QuantAttention):
         return out
 
     def num_scores(self, x: Tensor) -> int:
-        """Number of scores: one per query, head and token."""
+        """Number of scores for x (B, N, C): one per image, query, head and token."""
         return x.shape[0] * self.num_heads * self.latent.shape[1] * x.shape[1]
 
 

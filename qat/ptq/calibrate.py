@@ -30,7 +30,7 @@ class Calibration:
     Attributes:
         images: number of images.
         batches: number of batches.
-        scales: number of scales that were set.
+        scales: number of scales of affine and fp8 quantizers.
     """
 
     images: int
@@ -40,7 +40,7 @@ class Calibration:
 
 @contextlib.contextmanager
 def in_float(net: nn.Module) -> Generator[None]:
-    """Make the net, including its integer norms, compute in float inside this block."""
+    """Make the net compute in float in this block, even with integer norms or unset scales."""
     forwards: dict[nn.Module, Forward] = {}
     for module in net.modules():
         if isinstance(module, IntegerLayerNorm):
@@ -56,9 +56,9 @@ def calibrate(net: nn.Module, batches: Iterable[Any]) -> Calibration:
     """Find the range of every affine or fp8 quantizer, and set scales and zero points.
 
     The net runs in float, so ranges do not depend on the rounding of other quantizers. Every batch
-    counts for a range: its ends are the smallest and largest value or, with ema and percentile,
-    moving averages. For activations, the methods omse, mse, mse_ends and ptf then try candidates on
-    the last batch, which runs once more. Two calibrations on the same batches set bit-identical
+    counts for an activation's range, whose ends are the smallest and largest value or, with ema and
+    percentile, moving averages. The methods omse, mse, mse_ends and ptf then try candidates on the
+    last batch, which runs once more. Two calibrations on the same batches set bit-identical
     scales.
 
     Args:

@@ -28,12 +28,13 @@ log = logging.getLogger(__name__)
 def compensate(net: nn.Module, reference: nn.Module, batches: Iterable[Any]) -> int:
     """Fit each layer of a calibrated net to the same layer of the float net, in place.
 
-    Quantized Linears and convolutions are fitted in the order in which they run. The output y of
-    each channel becomes g * y + b; ridge regression fits g and b to the output of the same layer in
-    the float net. Gain and bias are folded into the layer: the rows of the weight and the scales
-    are multiplied by g, so codes do not change, and the bias becomes g * bias + b. If there is not
-    one scale per channel (one scale for a whole weight, or floats in blocks), only b is fitted. If
-    the layer has no bias, only g is fitted.
+    Quantized Linears and convolutions are fitted in the order in which they run. Layers that do not
+    run exactly once, or that the float net does not call, are left out. The output y of each
+    channel becomes g * y + b; ridge regression fits g and b to the output of the same layer in the
+    float net. Gain and bias are folded into the layer: the rows of the weight and their scales are
+    multiplied by g, so codes do not change, and the bias becomes g * bias + b. If there is not one
+    scale per channel (one scale for a whole weight, or floats in blocks), only b is fitted. If the
+    layer has no bias, only g is fitted.
 
     Args:
         net: a net converted with a `PtqRecipe`, whose scales are set; it runs in eval mode.
@@ -104,10 +105,10 @@ def _fit_channels(
 
 
 def _ridge_gain(variance: Tensor, covariance: Tensor, square: Tensor) -> Tensor:
-    """The gain g that minimizes E(t - g y - b)^2 + RIDGE var(y) (g - 1)^2; 1 for a constant y.
+    """The gain g that minimizes E(t - g y - b)^2 + RIDGE v (g - 1)^2, clamped to `_GAIN_RANGE`.
 
-    b is the best bias, or 0 if the layer has none. g is clamped to `_GAIN_RANGE`. A channel counts
-    as constant if its variance is within the rounding error of E y^2.
+    y is the output, t the target, v the variance of y, and b the best bias. If the layer has no
+    bias, b is 0 and v is E y^2. If v is within the rounding error of E y^2, g is 1.
     """
     min_variance = (1e-12 * square).clamp(min=torch.finfo(torch.float32).tiny)
     gain = (covariance + RIDGE * variance) / ((1 + RIDGE) * variance).clamp(min=min_variance)

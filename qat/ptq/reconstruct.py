@@ -113,16 +113,16 @@ def reconstruct(
     run: Mapping[str, Any] | None = None,
     context: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> dict[str, Any]:
-    """Fit all units (blocks, and quantized layers outside blocks) in place, one after the other.
+    """Fit the units that `find_units` finds (blocks and other layers) in place, one by one.
 
     Units are fitted in the order in which they run. The random numbers of a training step depend
-    only on the seed, the unit and the number of the step. A killed run therefore resumes after the
-    last finished unit, and ends with the same weights on the same machine.
+    only on the seed, the unit and the number of the step. With `resume`, a killed run therefore
+    starts after the last finished unit, and ends with the same weights on the same machine.
 
     Args:
         net: a net converted with a `PtqRecipe`, whose scales are set; it runs in eval mode.
         reference: the float net before conversion, with the same module names, on the same device.
-        images: (N, C, H, W).
+        images: (N, C, H, W), in the dtype of the net.
         settings: settings of the reconstruction.
         run_dir: folder of `reconstruct.ckpt` and `reconstruct.csv`, written after each unit; None =
             write no files.
@@ -199,7 +199,7 @@ def _fit_unit(
     settings: ReconstructSettings,
     context: Callable[[], AbstractContextManager[Any]],
 ) -> tuple[float, float]:
-    """Train one unit on inputs of the quantized net; return the mean loss before and after.
+    """Train one unit; return its mean loss on inputs of the quantized net before and after.
 
     Args:
         runner: runner of the quantized net.
@@ -291,7 +291,8 @@ def _train(
 ) -> None:
     """Run all training steps.
 
-    A step size is its initial value times exp(c) with a learned c, here called its log change.
+    A step size is its initial value times exp(c), but at least `MIN_SCALE`. c, the log
+    change, is learned.
     """
     initial_scales = [quantizer.scale.clone() for quantizer in scale_quantizers]
     log_changes = [

@@ -1,9 +1,9 @@
 """Run only the part of a net from a given module onwards, with cached results of earlier modules.
 
 The given module gets the arguments that it got in an earlier forward. Earlier blocks that keep the
-shape of their input return it, because caching the output of every block would take too much
-memory; other earlier modules return their cached outputs. In this way, the net's own forward
-continues from the given module, for any family of nets.
+shape of their input return this input, because caching the output of every block would take too
+much memory; other earlier modules return their cached outputs. In this way, the net's own forward
+continues from the given module. If this changes the output, the whole net runs.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from qat.model.sites import BLOCKS, Site, find_blocks, iter_quantizers
 from qat.utils.probing import probing
 
 Forward = Callable[..., Any]
-# The smallest scale, also in calibration; scales must not be zero, because they are divisors.
+# The smallest learned or searched scale; scales must not be zero, because they are divisors.
 MIN_SCALE = torch.finfo(torch.float32).eps
 log = logging.getLogger(__name__)
 
@@ -113,7 +113,7 @@ class Runner:
         net: the net, in eval mode.
         entry_candidates: for each module to run from, candidates for its entry: the module itself,
             or modules inside it. The candidate that runs first is the entry; outputs of modules
-            that return before the entry runs may be cached, also inside the module.
+            that return before the entry runs may be cached, even within the module to run from.
         batches: images (B, C, H, W) each, on the device of the net.
         cache_bytes: size of the cache in bytes. The cache always covers one module, and as many
             modules before this module as fit.
@@ -159,7 +159,8 @@ class Runner:
         """Find the modules at which a run cannot start, because this would change the output.
 
         With `needs_net_output`, the output of the net is compared with that of a full run, else the
-        output of the module. It changes if the net reads outputs of earlier modules later.
+        output of the module. This output may change if the net later reads outputs of earlier
+        blocks.
         """
         all_batches = self.batches
         cache_bytes = self.cache_bytes
@@ -202,7 +203,7 @@ class Runner:
         return sizes
 
     def clear_cache(self) -> None:
-        """Empty the cache. Call this after a change to modules whose outputs are cached."""
+        """Empty the cache. Call this after a change to modules before a cached module."""
         self._inputs: dict[str, list[Any]] = {}
         self._outputs: dict[str, list[Any]] = {}
 
@@ -229,7 +230,7 @@ class Runner:
             handle.remove()
 
     def __call__(self, i: int) -> Any:
-        """Output of the net for batch `i`."""
+        """Output of the net for batch `i`; inside `at`, valid only with `needs_net_output`."""
         self._batch_index = i
         return self.net(self.batches[i])
 
@@ -323,9 +324,8 @@ def find_units(
 ) -> tuple[dict[str, list[Site]], Runner, Runner]:
     """Find the units to fit one by one: blocks, and quantized layers outside blocks.
 
-    Blocks and layers that run several times in a forward are left out. A layer outside blocks is
-    also left out if it does not run in `reference`, because a float attention multiplies by its
-    weight itself.
+    Blocks and layers that do not run exactly once in a forward are left out. So are units that
+    do not run in `reference`, such as a layer whose weight a float attention reads directly.
 
     Args:
         net: a converted net whose scales are set.

@@ -1,4 +1,4 @@
-"""Stored scales as vectors, which the search changes block by block."""
+"""Stored scales as vectors, which `qat.ptq.search` changes block by block."""
 
 from __future__ import annotations
 
@@ -61,8 +61,8 @@ def scale_vectors(
     Args:
         net: a quantized net.
         targets: globs, see `SearchSettings.targets`.
-        position: position of each quantizer in the run order, by name; it determines the order of
-            the scales in a vector.
+        position: positions of quantizers in the run order, by name; they determine the order of
+            the scales in a vector. A missing quantizer counts as 0.
 
     Raises:
         UsageError: the net has no blocks, or the globs match no stored scale of a block.

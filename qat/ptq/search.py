@@ -1,4 +1,4 @@
-"""Evol-Q: a search over the scales of a calibrated net, block by block, last block first.
+"""Evol-Q: a search over the scales of a quantized net, block by block, last block first.
 
 Paper: arXiv 2308.10814. See docs/methods.md.
 """
@@ -62,11 +62,11 @@ class SearchSettings:
         targets: globs of the scales to change, by names inside a block: `attn.qkv.weight`,
             `attn.qk`, `mlp.fc1.weight`, `mlp.fc1.input`.
         micro_batch: number of images that pass through the net at once.
-        cache_gib: memory for cached inputs of blocks, in GiB; if not all blocks fit, the inputs of
-            fewer blocks are cached at a time.
+        cache_gib: size of the cache, in GiB. It contains the inputs of one block, whatever their
+            size, and of as many blocks before it as fit.
         seed: seed of all random numbers.
-        reference_selection: True = select scales on validation images instead of calibration
-            images, as the reference code does.
+        reference_selection: True = the final scales are chosen by accuracy on validation images, as
+            in the reference code.
 
     Raises:
         UsageError: a value is not allowed.
@@ -113,7 +113,7 @@ class SearchResult:
             images.
         evaluations: number of candidates.
         accepted: number of candidates with a lower fitness than all scales before.
-        seconds: duration, including runs before a resume.
+        seconds: time to compute fitness, including runs before a resume.
     """
 
     selected_on: str
@@ -128,7 +128,7 @@ class SearchResult:
 def logits_of(net: nn.Module, images: Tensor, micro_batch: int) -> Tensor:
     """Logits (N, classes) of images (N, C, H, W).
 
-    Images run in micro-batches, because a batch of 100 would not fit in the caches of a processor.
+    Images run in micro-batches, because a large batch would not fit in a processor's caches.
 
     Raises:
         UsageError: the net does not return logits (a backbone, for example).
@@ -154,9 +154,12 @@ class Evaluator:
         settings: settings of the search.
 
     Attributes:
-        vectors: scales of each block, first block first.
+        vectors: scales to search, by block name, first block first.
         runner: runner of the net. Call `runner.clear_cache()` if scales changed in a block whose
             outputs are cached.
+
+    Raises:
+        UsageError: there is no scale to search.
     """
 
     def __init__(
@@ -199,7 +202,7 @@ class Evaluator:
 
     @torch.no_grad()
     def fitness(self, block: str) -> float:
-        """Mean fitness over all batches with the current scales; the net runs from `block` on."""
+        """Mean fitness of the current scales over all batches; runs from `block` on if possible."""
         position = self.runner.order.position
         # Weights are quantized once, not for every micro-batch.
         fixed_weights: dict[nn.Module, Forward] = {}
@@ -217,7 +220,6 @@ class Evaluator:
 
 
 def _constant_forward(value: Tensor) -> Forward:
-    """A `forward` that returns `value`."""
     return lambda _: value
 
 
@@ -288,12 +290,12 @@ def search(
             files.
         resume: resume from `search.ckpt`, if the file exists.
         run: settings of the whole run; see `Progress`.
-        validate: returns the current accuracy of the net on validation images. With
-            `reference_selection`, the function is called after each block.
+        validate: returns the current accuracy of the net on validation images; called after each
+            block with `reference_selection`, else unused.
 
     Raises:
-        UsageError: there is no scale to search, a fitness is not finite, a setting does not fit the
-            arguments, or `search.ckpt` belongs to other settings or inputs.
+        UsageError: there is no scale to search, a scale is unset, a fitness is not finite, a
+            setting does not fit the arguments, or `search.ckpt` cannot be used.
     """
     _check_arguments(batches, settings, validate)
     assert_ready(net)
@@ -441,7 +443,7 @@ def _search_block(
             initial_scales, lowest_fitness, evaluate, draw_cycle, settings
         )
     finally:
-        # If a candidate fails, the net gets its initial scales back.
+        # If a candidate fails, the block gets its old scales back.
         vector.write(best_scales)
     state["visits"] += 1
     state["fitness"] = best_fitness

@@ -75,7 +75,7 @@ class Progress:
         return dict(content["state"])
 
     def save(self, state: Mapping[str, Any]) -> None:
-        """Replace the checkpoint and the table, each atomically."""
+        """Write table and checkpoint, each atomically; without `folder`, do nothing."""
         if self.folder is None:
             return
         content = {
@@ -85,13 +85,13 @@ class Progress:
             "rows": self.rows,
             "state": dict(state),
         }
-        # The table first: a run that is killed in between then writes both again.
+        # Write the table first: after a stop in between, the resumed run writes both again.
         write_text(self.folder / f"{self.name}.csv", csv_lines([self.columns, *self.rows]))
         write_torch(self.folder / f"{self.name}.ckpt", content)
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """The content of a file written by `Progress.save`; `run` is None in files of older versions.
+    """The content of a file written by `Progress.save`; `run` is None if none was stored.
 
     Raises:
         UsageError: the file cannot be read.

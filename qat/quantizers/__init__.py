@@ -1,4 +1,4 @@
-"""Quantizer modules: thin shells with parameters around `qat.functional`."""
+"""Quantizers as modules; most of them call functions of `qat.functional`."""
 
 from qat.quantizers.affine import Affine, DynamicMinMax, MinMax
 from qat.quantizers.block_floats import BlockFloat, FloatGrid

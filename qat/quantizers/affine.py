@@ -54,12 +54,12 @@ class Affine(Quantizer):
         self.zero_point = self.nan_tensor(shape, device)
 
     def calibrate(self, x: Tensor, state: dict[str, Any]) -> None:
-        """Find the range of a weight with the observer of the spec.
+        """Set scale and zero point of a weight by `method`.
 
         `qat.ptq.calibrate` finds the ranges of activations, on a net that runs in float.
 
         Raises:
-            UsageError: `x` is an activation.
+            UsageError: the role of the spec is not `weight`.
         """
         if self.spec.role != "weight":
             raise UsageError(
@@ -120,8 +120,8 @@ class Affine(Quantizer):
 class MinMax(Affine):
     """Quantizer of activations, with the range of the calibration data.
 
-    The codes are asymmetric, whatever the sign of the spec, because a zero point suits both the
-    tail of GELU and signed inputs.
+    The codes are unsigned, whatever the sign of the spec: with a zero point, they fit signed inputs
+    as well as outputs of GELU.
     """
 
     def __init__(self, spec: QuantSpec) -> None:
@@ -146,8 +146,8 @@ class MinMax(Affine):
 class DynamicMinMax(Quantizer):
     """Quantizer of weights, with a symmetric range that each forward computes from the weight.
 
-    The largest weight of a range is half a step outside the codes if it is positive. It is clamped
-    then, and gets no gradient, as with the symmetric ranges of torch.ao.
+    If the weight of largest magnitude in a range is positive, it is half a step above the highest
+    code. It is then clamped and gets no gradient, as with the symmetric ranges of torch.ao.
     """
 
     def forward(self, x: Tensor) -> Tensor:

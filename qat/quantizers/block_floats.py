@@ -1,4 +1,4 @@
-"""Floats in blocks that share a scale: `mxfp` of 4 or 8 bits, and `nvfp4`.
+"""Floats in blocks with one scale each: `mxfp` of 4 or 8 bits, and `nvfp4`.
 
 There are no parameters: each forward computes the scales of the blocks from the tensor.
 """
@@ -37,9 +37,9 @@ class FloatGrid(Grid):
         form: the format.
         dim: dimension that is split into blocks.
         factors: (..., blocks, ...), scales of the blocks, divided by `tensor_scale` if there is
-            one; None = the scales depend on the tensor.
-        tensor_scale: scale of the whole tensor in a two-level format; None for a format with one
-            level.
+            one; None = unknown without a tensor.
+        tensor_scale: scale of the whole tensor in a two-level format; None for one level, or
+            without `factors`.
     """
 
     form: BlockFormat
@@ -53,7 +53,7 @@ class FloatGrid(Grid):
 
     @property
     def scales(self) -> Tensor:
-        """Scales of blocks, float32.
+        """Scales of blocks, float32, shaped like `factors`.
 
         Raises:
             ValueError: the grid was built without a tensor.
@@ -73,7 +73,7 @@ class FloatGrid(Grid):
 
     @property
     def unit(self) -> Tensor:
-        """The smallest value above zero in each block."""
+        """The smallest value above zero in the grid of each block; 0 if its scale is 0."""
         return self.scales * 2.0 ** (self.form.min_exponent - self.form.mantissa)
 
     def ends(self, ndim: int | None = None) -> tuple[Tensor, Tensor]:
@@ -82,13 +82,13 @@ class FloatGrid(Grid):
         return -highest, highest
 
     def to_code_coordinates(self, x: Tensor) -> Tensor:
-        """Index of `x` among the sorted values, with fractions between values; 0 for zero."""
+        """Index of `shift(x)` among the sorted values, or between two; 0 for a scale of 0."""
         scales = self.along(x)
         divisors = torch.where(scales == 0, torch.inf, scales)
         return sorted_index(self.shift(x) / divisors, self.form)
 
     def dequantize(self, codes: Tensor) -> Tensor:
-        """The values of the codes, times the scale of their block."""
+        """The values of the codes times the scale of their block, plus `after`."""
         y = float_values(codes, self.form) * self.along(codes)
         if self.after is None:
             return y

@@ -16,7 +16,7 @@ from qat.quantizers.registry import register
 
 @dataclass(frozen=True, kw_only=True)
 class SquashedGrid(UniformGrid):
-    """Grid of `squash(x)`, whose values are evenly spaced but not in the unit of the weights."""
+    """Grid with evenly spaced values, in the unit of `squash(x)` instead of the weights."""
 
     def shift(self, x: Tensor) -> Tensor:
         """`squash(x)`, before the division by the step size."""

@@ -46,7 +46,7 @@ class Grid(ABC):
     def dequantize(self, codes: Tensor) -> Tensor:
         """The values that codes of `Quantizer.codes` stand for, float32, in the shape of the codes.
 
-        In `FloatGrid`, these codes are not the numbers that the method `codes` returns.
+        In `FloatGrid`, these codes are not the numbers that `Grid.codes` returns.
         """
 
     def to_sorted_index(self, codes: Tensor) -> Tensor:
@@ -76,11 +76,14 @@ class Grid(ABC):
 
         Returns:
             bool, the shape of `x`.
+
+        Raises:
+            UsageError: `boundary` is not between 0 and 0.5.
         """
         return in_band(self.to_code_coordinates(x), self.qmin, self.qmax, boundary)
 
     def shift(self, x: Tensor) -> Tensor:
-        """The shifted tensor x + a in float32, before the division by the step size."""
+        """`x` plus the offset `before`, in float32 without gradient."""
         x = x.detach().float()
         if self.before is None:
             return x

@@ -30,11 +30,11 @@ class PowersOfTwo(Grid):
         return torch.tensor(self.unit), torch.ones(())
 
     def to_code_coordinates(self, x: Tensor) -> Tensor:
-        """-log2 x."""
+        """-log2 of `shift(x)`."""
         return -self.shift(x).log2()
 
     def dequantize(self, codes: Tensor) -> Tensor:
-        """2^-k."""
+        """2^-k + `after`."""
         y = torch.exp2(-codes.float())
         if self.after is None:
             return y
@@ -50,7 +50,7 @@ class Log2(Quantizer):
         return fake_quantize_log2(x, self.spec.bits)
 
     def codes(self, x: Tensor) -> Tensor:
-        """The exponents k, in [0, 2^b - 1]."""
+        """The exponents k, clamped to [0, 2^b - 1]."""
         return log2_codes(x, self.spec.bits)
 
     def grid(self, x: Tensor | None = None) -> PowersOfTwo:
