@@ -37,8 +37,8 @@ def build_lsq(spec: QuantSpec) -> Quantizer:
     return LSQ(spec)
 
 
-# Minimum number of values for which the search uses a kernel. Such a tensor does not fit in a
-# cache, so one pass over the tensor is faster than one pass for each operation.
+# Minimum number of values for which the search for a step size uses a kernel. Such a tensor does
+# not fit in a cache, so one pass over the tensor is faster than one pass for each operation.
 MIN_KERNEL_VALUES = 2**20
 
 
@@ -47,7 +47,7 @@ def _fake_quantize(x: Tensor, scale: Tensor, codes: CodeRange) -> Tensor:
 
 
 def search_kernel(x: Tensor) -> Quantize | None:
-    """The kernel with which the search for a step size quantizes `x`.
+    """A kernel with which the search for a step size may quantize `x`.
 
     Returns None for small tensors and for devices other than a CPU. The search then uses the
     reference implementation.
@@ -58,7 +58,7 @@ def search_kernel(x: Tensor) -> Quantize | None:
 
 
 def running_mean(state: dict[str, Any], value: Tensor) -> Tensor:
-    """The mean of `value` and all values before; `state` stores the mean and the count `n`."""
+    """The mean of `value` and earlier calls' values; updates the mean and the count in `state`."""
     count = state.get("n", 0) + 1
     mean = value if count == 1 else state["mean"] + (value - state["mean"]) / count
     state["n"] = count
@@ -70,23 +70,23 @@ class LSQ(Quantizer):
     """Quantizer with a learned step size, absolute or relative to its initial value (`spec.steps`).
 
     Attributes:
-        scale: step size, (n,), one per slice along the axis, in the unit of the input; NaN until
-            initialized. A parameter if step sizes are absolute, else computed from `start` and
-            `change`.
+        scale: step size, (n,), one per slice along the axis (n = 1 without an axis), in the unit of
+            the input; NaN until initialized. A parameter if step sizes are absolute, else computed
+            from `start` and `change`.
         start: s0 of `qat.functional.relative_step`, (n,), the initial step size; None if step sizes
             are absolute.
         change: t of `relative_step`, (n,), the learned parameter; None if step sizes are absolute.
         min_reliable: u of `relative_step`: an initial step size below it says little about the one
             that is needed. 0 for weights, because all their values are known before training.
-        grad_factor: factor on the gradient of `scale`. A trainer sets
-            1/sqrt(world size x accumulation) on activations, so that LSQ's 1/sqrt(qmax * m) counts
-            the elements of the global batch (docs/deviations.md#lsq).
+        grad_factor: factor on the gradient of `scale`. For activations, a trainer may set
+            1/sqrt(world size x accumulated batches): LSQ's 1/sqrt(qmax * m) then counts the
+            elements of the global batch (docs/deviations.md#lsq).
     """
 
     def __init__(self, spec: QuantSpec) -> None:
         super().__init__(spec)
         self.grad_factor = 1.0
-        # `register_parameter` refuses a new name that is also a property of the class.
+        # `register_parameter` can fail for a new name that is also a property of the class.
         self._parameters["scale"] = None
         # s0 and t of `relative_step`, under the names that checkpoints store.
         self.start: Tensor
@@ -102,7 +102,7 @@ class LSQ(Quantizer):
         return kernels.relative_step(self.start, self.change, self.min_reliable)
 
     def allocate(self, shape: torch.Size, device: torch.device) -> None:
-        """Create a NaN step size per slice along the axis."""
+        """Create the step sizes, filled with NaN."""
         super().allocate(shape, device)
         unset_steps = self.nan_tensor(shape, device)
         if self.spec.steps == "relative":
@@ -194,7 +194,7 @@ class AutoSignLSQ(LSQ):
             and a forward reads it without waiting for the device.
     """
 
-    # Threshold of the reference code: codes are signed if an image has a value below it.
+    # Threshold of OFQ's code: codes are signed if an image has a value below it.
     NEGATIVE = -1e-5
 
     def __init__(self, spec: QuantSpec) -> None:
@@ -206,15 +206,15 @@ class AutoSignLSQ(LSQ):
         self.register_buffer("signed", torch.tensor(torch.nan))
 
     def allocate(self, shape: torch.Size, device: torch.device) -> None:
-        """Create a NaN step size per slice along the axis, and move the sign to the device."""
+        """Create the step sizes, filled with NaN, and move the sign to the device."""
         super().allocate(shape, device)
         self.signed = self.signed.to(device)
 
     def calibrate(self, x: Tensor, state: dict[str, Any]) -> None:
         """Find the sign from the smallest value of all batches, and set the step size.
 
-        With `step_init="lsq"`, the factor in the initial step size is 2 for either sign, as in the
-        reference code for images.
+        With `step_init="lsq"`, the step size of a batch is 2 * mean|x| / sqrt(qmax) for either
+        sign, as in OFQ's code for images.
         """
         lowest = x.detach().amin().float()
         if "lowest" in state:

@@ -24,11 +24,11 @@ _DEPENDS_ON = {
 class Quantizer(nn.Module, ABC):
     """Maps a tensor to its low-bit grid.
 
-    A subclass implements `forward` and `codes`; with scales also `allocate` and `calibrate`.
+    A subclass implements `forward` and `codes`; to store scales, also `allocate` and `calibrate`.
     Without `grid`, tensors can be neither frozen nor exported, and reports say less about them.
-    From conversion on, scales exist in their final shape, filled with NaN. The set of parameters
-    therefore never changes, and a quantizer that was not initialized returns NaN instead of
-    plausible numbers (`qat.model.scales.guard` raises an error).
+    From conversion on, stored scales have their final shape; they are NaN until initialized. The
+    set of parameters therefore never changes, and a quantizer that was not initialized returns NaN
+    instead of plausible numbers (with `qat.model.scales.guard`, calls of the net raise an error).
 
     Args:
         spec: how the tensor is quantized.
@@ -40,16 +40,16 @@ class Quantizer(nn.Module, ABC):
     in_blocks = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Reset an inherited `grid` or `fused_params` if the class rounds differently.
+        """Reset an inherited `grid` or `fused_params` if the class overrides what it depends on.
 
-        Otherwise the inherited methods would describe the rounding of the base class.
+        Otherwise the inherited method would describe the rounding of the base class.
         """
         super().__init_subclass__(**kwargs)
         for description, rounding in _DEPENDS_ON.items():
             for base in cls.__mro__:
                 if description in vars(base):
                     break
-                # `base` may be a mixin.
+                # Check `base`, not only `cls`: a mixin may override them.
                 if not rounding.isdisjoint(vars(base)):
                     setattr(cls, description, getattr(Quantizer, description))
                     break
@@ -64,7 +64,10 @@ class Quantizer(nn.Module, ABC):
         """Fake-quantize `x`: move the values to the grid; shape and dtype stay unchanged."""
 
     def quantize_shifted(self, x: Tensor, before: Tensor, after: Tensor | None) -> Tensor:
-        """q(x + a) + c, computed in float32, for offsets over the trailing dimensions of `x`."""
+        """q(x + before) + after, with offsets over the trailing dimensions of `x`.
+
+        Computed in float32; the result may have the dtype of `x`.
+        """
         y = self(x.float() + before.float())
         if after is None:
             return y
@@ -82,8 +85,8 @@ class Quantizer(nn.Module, ABC):
                 need it.
 
         Returns:
-            The grid. None if the quantizer has no codes, if it does not describe its codes, or if
-            it needs `x` but gets None.
+            The grid. None if the quantizer has no codes or does not describe them, or, for some
+            quantizers, if `x` is None.
         """
         return None
 
@@ -91,8 +94,7 @@ class Quantizer(nn.Module, ABC):
         """Parameters with which one autograd Function computes the quantizer and a matrix product.
 
         Returns:
-            The parameters. None if the quantizer cannot be fused. It then runs before the product,
-            with the same results.
+            The parameters. None if the quantizer cannot be fused; it then runs before the product.
         """
         return None
 
@@ -107,8 +109,8 @@ class Quantizer(nn.Module, ABC):
         Subclasses that store scales also create them here, filled with NaN.
 
         There is one scale for the tensor if a negative axis selects the batch dimension, because a
-        scale per image of a batch would be meaningless, or if a vector has no such dimension. A
-        feature map (B, H, W, C) also has one scale, unless the spec asks for a scale per column.
+        scale per image of a batch would be meaningless, or if `shape` is too short for the axis. A
+        feature map of more than three dimensions also has one scale if `map_scales` is "tensor".
         """
         axis = self.spec.axis
         is_batch_axis = axis is not None and axis < 0 and axis + len(shape) <= 0
@@ -118,7 +120,7 @@ class Quantizer(nn.Module, ABC):
             self.axis = None
 
     def share_scale(self) -> None:
-        """Use one scale, as for a tensor whose length varies. Call this before `allocate`."""
+        """Use one scale, for a tensor whose size along the axis varies; then call `allocate`."""
         self.axis = None
 
     def calibrate(self, x: Tensor, state: dict[str, Any]) -> None:
@@ -142,13 +144,13 @@ class Quantizer(nn.Module, ABC):
         return scale.numel()
 
     def num_scales(self, shape: torch.Size) -> int:
-        """Number of scales of a tensor of `shape`, one for each slice along the axis."""
+        """Number of scales of a tensor of `shape`: the size along the axis, or 1 without one."""
         if self.axis is None or self.axis < -len(shape):
             return 1
         return shape[self.axis]
 
     def nan_tensor(self, shape: torch.Size, device: torch.device) -> Tensor:
-        """A tensor with one NaN per scale."""
+        """A tensor (n,) of NaNs, n = `num_scales(shape)`."""
         return torch.full((self.num_scales(shape),), torch.nan, device=device)
 
     def extra_repr(self) -> str:

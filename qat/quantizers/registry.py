@@ -16,9 +16,9 @@ _BUILDERS: dict[str, Callable[[QuantSpec], Quantizer]] = {"float": Float}
 def register(
     name: str,
 ) -> Callable[[Callable[[QuantSpec], Quantizer]], Callable[[QuantSpec], Quantizer]]:
-    """Make `quantizer=name` build the decorated class or function of this package.
+    """Build quantizers called `name` with the decorated class or function of this package.
 
-    Names that a recipe may use are also in `WEIGHT_QUANTIZERS` or `ACT_QUANTIZERS` of `qat.spec`.
+    Names in recipes for training are also in `WEIGHT_QUANTIZERS` or `ACT_QUANTIZERS` of `qat.spec`.
 
     Raises:
         ValueError: the name is registered for another quantizer.
@@ -35,10 +35,10 @@ def register(
 def import_quantizer(path: str) -> type[Quantizer]:
     """Import the class `package.module:Class`.
 
-    Call this only for names that a user typed, never for names from a file: importing runs code.
+    Call this only for names in a user's settings or of imported classes: importing runs code.
 
     Raises:
-        UsageError: the class does not exist, or is not a subclass of `Quantizer` that defines
+        UsageError: the class cannot be imported, or is not a subclass of `Quantizer` that defines
             `forward` and `codes`.
     """
     module_name, class_name = path.split(":")

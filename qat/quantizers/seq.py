@@ -20,7 +20,7 @@ from qat.spec import QuantSpec
 
 @register("seq")
 def build_seq(spec: QuantSpec) -> Quantizer:
-    """Build `SEQ` for a signed tensor, else LSQ.
+    """Build `SEQ` if `spec.signed` is True, else LSQ.
 
     Many values of an unsigned tensor are zero or close to zero, and SEQ's grid does not contain
     zero.
@@ -45,7 +45,7 @@ class SEQ(LSQ):
 
     @property
     def code_range(self) -> CodeRange:
-        """Range of codes of the spec, in half steps, and the axis."""
+        """Range of codes of the spec, with `half=True`, and the axis."""
         return CodeRange(self.spec.qmin, self.spec.qmax, self.axis, half=True)
 
     def codes(self, x: Tensor) -> Tensor:

@@ -14,15 +14,15 @@ from qat.quantizers.quantizer import Quantizer
 
 
 class Shifted(Quantizer):
-    """Computes q(x + a) + c with two offsets, which fit a symmetric grid to asymmetric inputs.
+    """Quantizer q(x + a) + c with learned offsets, which fit the grid of q to the input.
 
     Attributes:
         quantizer: the quantizer q.
         offset_before: a, over the last `spec.offset_ndim` dimensions of the input, in the unit of
             the input; see `QuantRecipe.offset_init`. Flat, because timm exempts 1-D parameters from
             weight decay, even where nothing calls the `no_weight_decay` of the model.
-        offset_after: c, like a; None if the spec has `offsets="before"`, because this offset would
-            have no effect.
+        offset_after: c, like a; None if the spec has `offsets="before"`, as for keys, where it
+            would not change the softmax.
         offset_shape: shape of the dimensions with offsets.
     """
 
@@ -106,7 +106,7 @@ class Shifted(Quantizer):
         return self.quantizer.codes(self._add_offset(x, self.before))
 
     def grid(self, x: Tensor | None = None) -> Grid | None:
-        """Grid of the inner quantizer, with the offsets."""
+        """Grid of the inner quantizer, if any, with the offsets."""
         if x is not None:
             x = self._add_offset(x, self.before)
         grid = self.quantizer.grid(x)
@@ -136,5 +136,5 @@ class Shifted(Quantizer):
         return self.quantizer.num_stored_scales
 
     def extra_repr(self) -> str:
-        """The offsets as text; the inner quantizer prints its own settings."""
+        """The setting `offsets` as text; the inner quantizer prints its own settings."""
         return f"offsets={self.spec.offsets}"

@@ -38,7 +38,7 @@ class StatsQ(Quantizer):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        """`qat.functional.statsq`."""
+        """Levels of StatsQ with the scale `scale_of(x)`."""
         return kernels.statsq(x, self.scale_of(x), self.spec.bits)
 
     def fused_params(self) -> WeightParams:
@@ -76,7 +76,7 @@ class StatsQ(Quantizer):
 
 
 class ActStatsQ(StatsQ):
-    """StatsQ of activations, with scales from each batch, one per slice along the axis of the spec.
+    """StatsQ of activations. Each forward computes the scales along `axis`, or one if it is None.
 
     The codes are always signed, because StatsQ's grid is symmetric.
     """
@@ -90,7 +90,7 @@ class ActStatsQ(StatsQ):
 
 
 class StatsQRMS(StatsQ):
-    """StatsQ of weights (out, ...) with a range from the root mean square of each output row.
+    """StatsQ of weights with a range from the root mean square of all weights that share a scale.
 
     For normally distributed weights, this range has the least squared error at the spec's bits.
     """

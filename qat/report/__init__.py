@@ -1,4 +1,4 @@
-"""Reports of results: a page for each run, and a table of several runs.
+"""Reports of results: a page for each run or sweep, and a table of several runs.
 
 Only code that writes a page or a table should import the modules of this package, because they
 import matplotlib.

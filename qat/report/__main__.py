@@ -1,4 +1,4 @@
-"""`python -m qat.report RUN_DIR ...`: print a table of several runs."""
+"""`python -m qat.report [RUN_DIR ...]`: print a table of runs; by default, of directory `.`."""
 
 from __future__ import annotations
 
@@ -41,10 +41,10 @@ def main(run_dirs: list[str]) -> int:
     measures = [name for name in ("top1", "top5", "size_bytes") if finished_values(runs, name)]
     rows = []
     for _, group in group_jobs(runs):
-        row = {
-            "recipe": str(group[0].get("quant")),
-            "bits": bits_of(group[0].get("recipe")) or "W32 A32",
-        }
+        bits = bits_of(group[0].get("recipe")) or "W32 A32"
+        if group[0]["status"] == "failed":
+            bits = "failed"
+        row = {"recipe": str(group[0].get("quant")), "bits": bits}
         for name in measures:
             heading, _ = MEASURES[name]
             row[heading] = format_mean(group, name)
@@ -56,7 +56,8 @@ def main(run_dirs: list[str]) -> int:
 
 def _row(run_dir: str, results: dict[str, Any]) -> dict[str, Any]:
     """Results of a run, with the settings by which runs are grouped."""
-    row = results | {"status": "done", "from": run_dir, f"{SETTING_PREFIX}run": Path(run_dir).name}
+    row = results | {"from": run_dir, f"{SETTING_PREFIX}run": Path(run_dir).name}
+    row["status"] = "failed" if results.get("error") else "done"
     for name in ("command", "model", "recipe", "data"):
         row[SETTING_PREFIX + name] = str(results.get(name))
     return row

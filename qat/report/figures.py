@@ -1,4 +1,4 @@
-"""Numbers and figures for a page: curves of a training run, and candidates of a search.
+"""Numbers and figures for a page, such as curves of a training run, and candidates of a search.
 
 "–" stands for an unknown number.
 """
@@ -20,7 +20,7 @@ from qat.analysis.analysis import PALETTE, SEQUENTIAL_COLORMAP, panels, save_fig
 from qat.utils.text import MISSING
 
 WIDTH = 4.6  # inches
-MAX_VALUE = 1e100  # the standard deviation of larger numbers overflows
+MAX_VALUE = 1e100  # the standard deviation of larger numbers may overflow
 MAX_CLASSES = 60  # a heat map with more classes would have illegible labels
 MAX_LABEL_LENGTH = 20  # characters of the name of a class
 MAX_POINTS_WITH_DOTS = 25  # a curve with more points is drawn without dots
@@ -41,7 +41,7 @@ def is_drawable(value: object) -> TypeGuard[float]:
 
 
 def parse_number(value: object) -> float | None:
-    """Convert a number or text to a float, maybe NaN or infinity. Returns None for other values."""
+    """Convert a number or its text to a float, maybe NaN or infinity. Returns None otherwise."""
     try:
         return float(str(value))
     except ValueError:
@@ -49,9 +49,9 @@ def parse_number(value: object) -> float | None:
 
 
 def format_value(value: object) -> str:
-    """Format a number: integers get thousands separators, others four significant digits.
+    """Format a number: integers < 1e15 get thousands separators, others four significant digits.
 
-    Numbers from 100 to 1e6 that are not integers get separators and two decimals. NaN, infinity and
+    Non-integers from 100 to 1e6 (in magnitude) get separators and two decimals. NaN, infinity and
     values that are not numbers become text; None becomes "–".
     """
     if value is None:
@@ -64,7 +64,7 @@ def format_value(value: object) -> str:
 
 
 def bits_of(recipe: Mapping[str, Any] | None) -> str | None:
-    """Bits of weights and activations, such as `W2 A2`; None for a float model."""
+    """Bits of weights and activations, such as `W2 A2`; None for `fp` or without recipe."""
     if not recipe or recipe["name"] == "fp":
         return None
     return f"W{recipe['bits']} A{recipe['act_bits']}"
@@ -83,7 +83,10 @@ def picture(title: str, description: str, figure: Figure) -> dict[str, str]:
 
 
 def training_curves(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
-    """Draw the curves of `CURVES` for which the rows of `metrics.csv` have numbers."""
+    """Draw the curves of `CURVES` for which the rows of `metrics.csv` have numbers.
+
+    If several columns match a title, only the first by name is drawn.
+    """
     columns: set[str] = set()
     for row in rows:
         columns.update(name for name, value in row.items() if value != "")
@@ -108,7 +111,7 @@ def search_figure(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
 def confusion_map(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
     """A heat map of `confusion.csv`: predictions of each true class, in percent of its images.
 
-    With more than `MAX_CLASSES` classes there is no map.
+    The list is empty unless there are counts for 2 to `MAX_CLASSES` classes.
     """
     # Read the names of classes from the columns: in the rows, a class named "0" was parsed to 0.0.
     names = list(rows[0])[1:] if rows else []

@@ -189,10 +189,12 @@ def test_a_folder_without_runs_is_refused(tmp_path):
 def test_a_table_of_several_runs(folder, capsys):
     job(folder / "seed1" / "fp", quant="fp", recipe=None, seed=1, top1=95.0)
     job(folder / "seed2" / "fp", quant="fp", recipe=None, seed=2, top1=97.0)
-    assert main([str(folder / name) for name in ("0", "seed1/fp", "seed2/fp")]) == 0
+    job(folder / "bad", quant="lsq_2bit", error="boom")
+    assert main([str(folder / name) for name in ("0", "seed1/fp", "seed2/fp", "bad")]) == 0
     rows = [row[:3] for row in cells(capsys.readouterr().out)]
     assert rows[0] == ["ofq_2bit", "W2 A2", "90.00"]
     assert ["fp", "W32 A32", "96.00 ± 1.41"] in rows
+    assert ["lsq_2bit", "failed", "–"] in rows
     assert main([str(folder / "10")]) == 1
     assert (
         capsys.readouterr().err
