@@ -76,14 +76,17 @@ class QuantSpec:
         offset_ndim: number of trailing dimensions along which an offset varies (1 = channels, 2 = a
             map over pixels).
         offset_init: see `QuantRecipe`.
-        map_scales: scales of an input that is a feature map (B, H, W, C) before a linear layer:
-            `tensor` = one scale, `column` = scales along `axis`.
+        map_scales: scales of a feature map (B, H, W, C): `tensor` = one scale, `column` = scales
+            along `axis`.
         step_init: initial value of a learned step size: `lsq` = as in the LSQ paper; `mse` = the
             step size with the least squared error.
         steps: how step sizes are learned: `relative` to their initial value, or `absolute`.
         observer: method by which post-training quantization chooses the range.
         bias_correction: True = every row of a fake-quantized weight keeps the mean and the standard
             deviation of the float row.
+
+    Raises:
+        UsageError: `role`, `bits` or `offsets` is not allowed.
     """
 
     role: str
@@ -154,7 +157,8 @@ class QuantRecipe:
             only the linear layers of an attention.
         qk_bias: what QKR does with the query bias: `drop` it as OFQ's code does, or `fold` it
             exactly into a number that is added to the scores of each key.
-        weight_quantizer: one of `WEIGHT_QUANTIZERS`, or `package.module:Class`.
+        weight_quantizer: one of `WEIGHT_QUANTIZERS`, or `package.module:Class`. In stem and heads,
+            `lsq` replaces some quantizers.
         act_quantizer: one of `ACT_QUANTIZERS`, or `package.module:Class`.
         stem_bits: bits of the weights and input of the first convolution.
         head_bits: bits of the weights and input of heads: classifiers and other last layers.
@@ -169,8 +173,8 @@ class QuantRecipe:
             LSQ paper; `mse` = the step size with the least squared error.
         steps: how step sizes are learned: `relative` to their initial value, s0 * exp(t), which
             cannot reach zero; or `absolute`, as in the LSQ paper and OFQ's code.
-        act_scales: step sizes of an activation, except the input of a head: one per `token` (query
-            of probabilities, channel of values or images), as in OFQ, or one per `tensor`.
+        act_scales: step sizes of most activations: one per `token` (query of probabilities, channel
+            of values or images), as in OFQ, or one per `tensor`.
         fits_int8: True = no code of an activation exceeds 127, as TensorRT requires. At 8 bits,
             attention probabilities then have 7 bits; other unsigned codes become signed.
         overrides: `{module name glob: {setting: value}}`; later rules win.
@@ -278,6 +282,9 @@ class QuantRecipe:
 
         The `bits` of a rule also set `stem_bits` and `head_bits`, and with `rule_bits=both` also
         `act_bits`, unless the rule sets these itself.
+
+        Raises:
+            UsageError: rules that match the module exclude each other.
         """
         knobs: dict[str, Any] = {}
         for pattern, rule in self.overrides.items():

@@ -105,7 +105,7 @@ class QatQuantizer(HfQuantizer):
                     tensor.data = tensor.data.float()
                 self._new_tensors[name] = tensor.detach().clone()
         for module in twin.modules():
-            # Otherwise, buffers that files do not store would get no values.
+            # With this mark, Transformers would not fill buffers that files do not store.
             vars(module).pop("_is_hf_initialized", None)
         vars(model).update(vars(twin.to("meta")))
         save_in_new_format(model)  # replaces the method that is bound to the second model
@@ -147,8 +147,7 @@ class Callback(TrainerCallback):
     Each checkpoint stores the state of the callback, so a resumed run continues with it.
 
     Args:
-        callback: a callback from `qat.callbacks` that changes or freezes weights before optimizer
-            steps.
+        callback: a `CGA` or an `IterativeFreezing` of `qat.callbacks`.
     """
 
     def __init__(self, callback: Any) -> None:
@@ -163,10 +162,11 @@ class Callback(TrainerCallback):
         self._lightning_module = SimpleNamespace()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Set up the callback as Lightning would; in a resumed run, restore its state.
+        """Set up the callback as Lightning would; in a resumed run, restore a stored state.
 
         Raises:
-            UsageError: the run resumes from a checkpoint that is not in `output_dir`.
+            UsageError: `output_dir` has no checkpoint of the step from which the run resumes, or
+                the callback cannot be set up.
         """
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         if state.global_step and not folder.exists():
@@ -181,6 +181,8 @@ class Callback(TrainerCallback):
         self._lightning_trainer.max_epochs = state.num_train_epochs
         self._lightning_trainer.estimated_stepping_batches = state.max_steps
         self._lightning_trainer.global_step = state.global_step
+        # Transformers does not end a run that an exception has stopped.
+        self.callback.teardown(self._lightning_trainer, self._lightning_module, "fit")
         self.callback.setup(self._lightning_trainer, self._lightning_module, "fit")
         self.callback.on_fit_start(self._lightning_trainer, self._lightning_module)
         self.callback.on_train_start(self._lightning_trainer, self._lightning_module)

@@ -63,7 +63,7 @@ class ImageFolder(EncodedImageData):
     """Images in `root/{train,val|validation|valid,test}/<class>/*`.
 
     The folders may also be named `training` and `testing`. Names of splits may contain capital
-    letters if `root` contains nothing else.
+    letters if `root` contains no other folders.
     Class ids follow the sorted names of the class folders of train. If `root` contains class
     folders but no splits, all images belong to train, or to test with `evaluates_whole`. If there
     is no val, a fixed tenth of train is held out. If there is no test, or test has no class
@@ -140,7 +140,11 @@ class ImageFolder(EncodedImageData):
         return len(self.classes())
 
     def classes(self) -> list[str]:
-        """Sorted names of the folders below train, or below the first split if train is missing."""
+        """Sorted names of the class folders of train, or else of the first split.
+
+        Raises:
+            UsageError: `data.root` is not a folder with splits or classes.
+        """
         return class_names(next(iter(self._folders().values())))
 
     def named_classes(self) -> list[str] | None:
@@ -149,18 +153,18 @@ class ImageFolder(EncodedImageData):
 
 
 class ImageNet(ImageFolder):
-    """Images of ImageNet in `root/train/<wnid>/*` and `root/{val,validation}/<wnid>/*`.
+    """Images of ImageNet in the folders of `ImageFolder`; class folders are named by wnids.
 
     A wnid is a WordNet id such as n01440764. Class ids follow the sorted wnids, as in the heads of
-    pretrained nets. Evaluation needs only validation images.
+    pretrained nets. Evaluation needs no training images.
     """
 
     def classes(self) -> list[str]:
         """Sorted wnids.
 
         Raises:
-            UsageError: the name of a folder is not a wnid. Other names sort differently, so that
-                class ids would not match a pretrained head.
+            UsageError: as for `ImageFolder`, or the name of a class folder is not a wnid. Other
+                names sort differently, so that class ids would not match a pretrained head.
         """
         names = super().classes()
         for name in names:
@@ -192,10 +196,9 @@ class ImageNet(ImageFolder):
 
 
 def _labelled_files(folder: Path, classes: list[str]) -> list[tuple[str, int]]:
-    """Paths and class ids of the images of all classes."""
     files = []
     for class_id, name in enumerate(classes):
-        for path in files_below(os.path.join(folder, name)):
+        for path in files_below(os.path.join(folder, name), hidden=False):
             if is_image_file(path):
                 files.append((path, class_id))
     return files
@@ -205,7 +208,7 @@ def _has_class_folders(root: Path) -> bool:
     """True if there are folders and each folder contains an image."""
     names = class_names(root)
     for name in names:
-        if not any(is_image_file(path) for path in files_below(root / name)):
+        if not any(is_image_file(path) for path in files_below(root / name, hidden=False)):
             return False
     return bool(names)
 
@@ -217,5 +220,5 @@ def class_names(folder: Path) -> list[str]:
 
 
 def is_image_file(path: str) -> bool:
-    """True if the file name belongs to an image that is not hidden."""
+    """True for a path with an image's extension whose file name has no leading dot."""
     return path.lower().endswith(EXTENSIONS) and not os.path.basename(path).startswith(".")

@@ -16,7 +16,6 @@ from qat.data.settings import DataSettings
 from qat.data.sources import EncodedImages, digest, open_image
 from qat.errors import UsageError
 
-# Usual names of columns.
 IMAGE_COLUMNS = ("img", "image")
 LABEL_COLUMNS = ("label", "labels", "fine_label")
 
@@ -43,12 +42,12 @@ class ParquetImages(EncodedImages):
 
     Args:
         files: parquet files with the same columns.
-        settings: `image_column` and `label_column` are used; if one is None, the column has one of
-            the usual names in `IMAGE_COLUMNS` or `LABEL_COLUMNS`.
+        settings: see `EncodedImages`; if `image_column` or `label_column` is None, the column has
+            one of the usual names in `IMAGE_COLUMNS` or `LABEL_COLUMNS`.
 
     Raises:
-        UsageError: the files are not parquet files with these columns, or a label is missing
-            or is not an integer.
+        UsageError: the files are not parquet files with these columns, there are no images, or a
+            label is missing or is not an integer.
     """
 
     def __init__(self, files: list[Path], settings: DataSettings) -> None:
@@ -81,7 +80,7 @@ class ParquetImages(EncodedImages):
         return open_image(cell["bytes"] if isinstance(cell, dict) else cell)
 
     def name(self, index: int) -> str:
-        """Names of the files, and the row number, counted over all files."""
+        """First and last file, and the row number, counted over all files."""
         return f"{self.origin}: image {self.rows[index]}"
 
     def fingerprint(self) -> str:
@@ -104,16 +103,16 @@ def _find_column(
 class HfParquet(EncodedImageData):
     """Images in `train*.parquet`, `val*.parquet` and `test*.parquet` below `root`.
 
-    The encoded images are kept in memory. If there is no val, a fixed tenth of train is held out.
-    If there is no test, or the labels of test are not published, val is evaluated.
+    All files are read into memory. If there is no val, a fixed tenth of train is held out. If there
+    is no test, or all labels of test are -1 (not published), val is evaluated.
     """
 
     def encoded(self) -> dict[str, ParquetImages]:
-        """All existing splits.
+        """All existing splits, except a test split whose labels are all -1.
 
         Raises:
-            UsageError: `data.root` is not set or contains no split with labels, or a file does not
-                have the columns that `ParquetImages` expects.
+            UsageError: `data.root` is not a folder or has no such split, or the files of a split
+                are in several folders or not as `ParquetImages` expects.
         """
         root = data_folder(self.settings.root, "train*.parquet, val*.parquet or test*.parquet")
         splits: dict[str, ParquetImages] = {}

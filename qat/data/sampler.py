@@ -1,4 +1,4 @@
-"""Order and random draws that depend only on (seed, epoch, index), and a loader that can resume."""
+"""Order and random draws that depend only on given numbers, and a loader that can resume."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ class ResumableLoader(DataLoader):
     never. `__iter__` is a generator, so its body runs only after Lightning has set the epoch.
 
     Args:
-        args: arguments of `DataLoader`; the sampler must be a `SeededSampler`.
+        args: arguments of `DataLoader`; of samplers, only `SeededSampler` skips images.
         options: arguments of `DataLoader`, by name.
     """
 
@@ -122,14 +122,14 @@ class ResumableLoader(DataLoader):
         return (self.batch_size or 1) * world_size
 
     def state_dict(self) -> dict[str, int]:
-        """Number of batches used in this epoch, and of their images in all processes together."""
+        """`batches` used in this epoch; `images` = `batches` times the global batch size."""
         return {"batches": self._num_used, "images": self._num_used * self._global_batch_size}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Skip the batches of `state` in the next iteration; Lightning's own count includes them.
+        """Skip the batches of `state` in the next iteration; Lightning has already counted them.
 
         Raises:
-            UsageError: the global batch size differs from the one in the checkpoint.
+            UsageError: batches must be skipped, and `images` shows another global batch size.
         """
         self._num_to_skip = state["batches"]
         images = state.get("images")
@@ -145,7 +145,8 @@ class ResumableLoader(DataLoader):
 def combine_seeds(*numbers: int) -> int:
     """Mix several numbers into one 63-bit seed; similar numbers result in unrelated seeds.
 
-    Zeros at the end do not count: (1, 2) and (1, 2, 0) result in the same seed.
+    Of at most four numbers, zeros at the end do not count: (1, 2) and (1, 2, 0) result in the same
+    seed. Only the low 32 bits of a number count.
     """
     sequence = np.random.SeedSequence([number & 0xFFFFFFFF for number in numbers])
     return int(sequence.generate_state(1, np.uint64)[0] >> np.uint64(1))
@@ -186,7 +187,7 @@ def seed_step(*numbers: int) -> None:
     """Seed the generators of a training step (dropout, drop path), so that a resumed run is exact.
 
     `torch.manual_seed` is avoided, as it queues a seed call for every accelerator, which costs half
-    a millisecond per step. CUDA is seeded separately if it is available.
+    a millisecond per step. Of all accelerators, only CUDA is seeded.
     """
     seed = combine_seeds(*numbers)
     torch.default_generator.manual_seed(seed)

@@ -24,8 +24,8 @@ from qat.utils.validate import (
 )
 
 _check_fraction = partial(check_number, lowest=0, highest=1)
-# The check of each setting, with bounds. Upper bounds catch typing mistakes that would require more
-# processes or pixels than a machine can handle.
+# Checks of single settings, with bounds or choices. Some bounds catch typing mistakes that would
+# require more processes or pixels than a machine can handle.
 CHECKS: dict[str, tuple[Any, ...]] = {
     "on_error": (check_choice, ("raise", "skip")),
     "crop_mode": (check_choice, CROP_MODES),
@@ -53,7 +53,7 @@ CHECKS: dict[str, tuple[Any, ...]] = {
     "crop_pct": (partial(check_number, lowest=MIN_CROP, highest=MAX_CROP),),
 }
 MAY_BE_NONE = {"interpolation", "crop_pct", "crop_mode", "patch_size", "shift", "num_workers"}
-# Below this number, images are loaded without worker processes.
+# With fewer images, `num_workers=None` means no worker processes.
 MIN_IMAGES_FOR_WORKERS = 1000
 MAX_WORKERS = 8
 
@@ -63,10 +63,10 @@ class DataSettings:
     """The settings of `data/*.yaml`.
 
     "Photos: None = from `model`" means that datasets of image files take the value from the
-    pretrained config of `model`.
+    pretrained config of `model`, or else ImageNet's value.
 
     Attributes:
-        image_size: height and width in pixels; images of another size are resized.
+        image_size: height and width in pixels, to which images are resized or cropped.
         patch_size: patch size of the model for images of `image_size`; None = the model's own.
         in_chans: number of colour channels.
         num_classes: number of classes.
@@ -74,8 +74,8 @@ class DataSettings:
         std: standard deviation per channel of pixel values in [0, 1]; photos: None = from `model`.
         batch_size: images of a batch in each process.
         num_workers: loader processes; None = see `workers`.
-        augment: `none` (no crop, flip, colour change, erasing or `repeats`), `light` (shifted crop
-            and flip; if `crop_pct` is set, random resized crop and flip) or `timm` (random resized
+        augment: `none` (images as in evaluation, no `repeats`), `light` (shifted crop and
+            flip; if `crop_pct` is set, random resized crop and flip) or `timm` (random resized
             crop, flip and the settings below). `mixup` and `cutmix` do not depend on it.
         hflip: probability of a horizontal flip with `light` and `timm`; use 0 if left and right
             matter.
@@ -87,7 +87,7 @@ class DataSettings:
             off; `timm` only.
         color_jitter: range of factors of brightness, contrast and saturation: one number, a list of
             three, or with hue a list of four; None = off. `timm` only, and only if `rand_augment`
-            is None or contains `3a`; with other policies, timm does not use it.
+            is None or contains `3a`.
         random_erasing: probability that a rectangle is filled with noise; `timm` only.
         train_interpolation: interpolation of the random resized crop; `random` = bilinear or
             bicubic, chosen at random; `timm` only.
@@ -103,25 +103,28 @@ class DataSettings:
         mixup_switch_prob: probability of cutmix if both are on.
         mixup_off_epoch: first epoch in which no batch is mixed; 0 = mixing never ends.
         calibration_images: number of images from which scales are initialized.
-        seed: seed of order, augmentation and calibration images.
-        root: folder with the data.
+        seed: seed of order, augmentation, mixing and calibration images.
+        root: path of the data.
         on_error: reaction to an image that cannot be decoded: `raise` ends the run, `skip` warns
-            and uses the next image instead; a prediction leaves the image out.
+            and uses the next image instead or, in a prediction, leaves the image out.
         memory_mb: maximum size in megabytes of the decoded images of a split in memory. The images
             of a larger split, and images of different sizes, are decoded when needed.
-        crop_pct: side of the centre crop in evaluation, as a fraction of the shorter side, before
-            scaling to `image_size`; None = the whole image is resized to a square; photos: None =
-            from `model`.
+        crop_pct: side of the centre crop in evaluation, as a fraction of the shorter side (of the
+            square, if `crop_mode` makes one), before scaling to `image_size`; None = the whole
+            image is resized to a square; photos: None = from `model`.
         crop_mode: used if `crop_pct` is set. `center` crops the centre; `center_floor` also rounds
             the corner of the crop down, as in Transformers; `squash` first resizes the whole image
             to a square; `border` first pads the image to a square; None = `center`; photos: None =
             from `model`.
-        interpolation: interpolation in evaluation and with `light`, if `crop_pct` is set; photos:
-            None = from `model`.
-        image_column: parquet column with encoded images; None = the first usual name that exists.
-        label_column: parquet column with labels; None = the first usual name that exists.
+        interpolation: interpolation in evaluation and with `light`, if `crop_pct` is set; None =
+            bicubic; photos: None = from `model`.
+        image_column: column with encoded images; None = a usual name such as `image`.
+        label_column: column with labels; None = a usual name such as `label`.
         model: timm name of the model whose pretrained config supplies the values marked `photos`
             that are None.
+
+    Raises:
+        UsageError: a setting is invalid.
     """
 
     image_size: int

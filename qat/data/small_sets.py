@@ -153,7 +153,7 @@ class Cifar10(FashionMnist):
         """All three splits.
 
         Raises:
-            UsageError: `data.root` is not set or lacks the files of `LAYOUT`, or a file is damaged.
+            UsageError: `data.root` is not set, or lacks usable files of `LAYOUT`.
         """
         root = data_folder(self.settings.root, self.LAYOUT)
         train_files = find_parquet(root, "train")

@@ -1,4 +1,4 @@
-"""Images by index: decoded in memory, or encoded in files and decoded when needed."""
+"""Images by index: decoded in memory, or encoded and decoded when needed."""
 
 from __future__ import annotations
 
@@ -58,8 +58,8 @@ class ImageArrays:
     Attributes:
         images: (N, H, W, C), uint8.
         labels: (N,), class ids.
-        file_fingerprint: fingerprint of the files from which the images were decoded; None if the
-            images do not come from files.
+        file_fingerprint: fingerprint of the files from which the images were decoded; None if
+            unknown.
     """
 
     images: NDArray[np.uint8]
@@ -119,7 +119,7 @@ def open_file(path: str | os.PathLike[str]) -> Image.Image:
 
 
 def open_image(content: bytes) -> Image.Image:
-    """Open encoded bytes as a Pillow image; only the header is decoded."""
+    """Open bytes in one of `FORMATS` as a Pillow image; only the header is decoded."""
     return Image.open(io.BytesIO(content), formats=FORMATS)
 
 
@@ -227,7 +227,7 @@ ImageSource = ImageArrays | EncodedImages
 def load(encoded: EncodedImages, memory_mb: float = math.inf) -> ImageSource:
     """Decode all images into memory if they have the same size and fit in `memory_mb`.
 
-    Otherwise, return `encoded` itself.
+    Otherwise, return `encoded` itself. Raises `ImageError` if an image cannot be decoded.
     """
     images: list[NDArray[np.uint8]] = []
     # `encoded[i]` may return the next image instead of a damaged one, so use the label it returns.

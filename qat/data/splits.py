@@ -28,7 +28,7 @@ def stratified_split(
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Split images so that both parts have the same class distribution.
 
-    Equal labels result in equal splits.
+    The same labels are always split in the same way.
 
     Args:
         labels: (N,), class ids.
@@ -38,7 +38,7 @@ def stratified_split(
         Sorted indices of the remaining images, and of the held-out images.
 
     Raises:
-        UsageError: a class has too few images.
+        UsageError: there are too few images, overall or of a class.
     """
     # The import is here because it takes half a second (it loads pandas), and most photo datasets
     # have their own splits.
@@ -58,7 +58,7 @@ def stratified_split(
 
 
 def hold_out(splits: Mapping[str, Any]) -> dict[str, Any]:
-    """If there is no `val` split, create it by moving a fixed tenth of `train` into it.
+    """If there is `train` but no `val`, create `val` by moving a fixed tenth of `train` into it.
 
     A warning names any split that is a copy of another split, or a link to it.
 
@@ -66,7 +66,7 @@ def hold_out(splits: Mapping[str, Any]) -> dict[str, Any]:
         splits: `ImageArrays` or encoded images, by name.
 
     Raises:
-        UsageError: a class has too few images to hold out a part.
+        UsageError: `train` has too few images, overall or of a class.
     """
     for name, other_name in itertools.combinations(splits, 2):
         if is_first() and _are_equal(splits[name], splits[other_name]):

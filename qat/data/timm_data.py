@@ -33,6 +33,9 @@ class TimmSettings(DataSettings):
             train is held out.
         test_split: name of the split for the final evaluation; None = the validation split.
         download: True = download torchvision's datasets.
+
+    Raises:
+        UsageError: a setting is invalid, or no split is named.
     """
 
     name: str = ""
@@ -61,11 +64,11 @@ class TimmImages(EncodedImages):
     """One split of a dataset that timm reads.
 
     Args:
-        settings: `name`, `root`, `download` and the columns are used.
+        settings: settings of the dataset.
         split: timm's name of the split.
 
     Raises:
-        UsageError: timm cannot read the split, or its labels are not class ids.
+        UsageError: timm cannot read the split, or its labels are not integers.
     """
 
     def __init__(self, settings: TimmSettings, split: str) -> None:
@@ -144,8 +147,8 @@ class Timm(EncodedImageData):
         """The splits that the settings name.
 
         Raises:
-            UsageError: a split cannot be read, shares files or overlaps with another split, or has
-                a class that the first split does not have.
+            UsageError: a split cannot be read, shares files with another split, or has a class that
+                the first split does not have; or a split is a slice of another.
         """
         return self._images_by_split
 

@@ -1,4 +1,4 @@
-"""Write `report.html`: one file with all results of a run, which loads no other file."""
+"""Write `report.html`, a page about a run or a sweep that loads no other file."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from qat.utils.text import (
 )
 
 FILE = "report.html"
-# Folder of analyses that a training or calibration run makes of its own model.
+# Folder for the analyses that a run makes of its own model.
 ANALYSES = "analysis"
 # Tables of these analyses that the page shows, each with the columns to show; the files have more
 # columns.
@@ -58,7 +58,7 @@ RESULT_COLUMNS = {
     "bitops": "Bit operations",
 }
 
-# Escape all text, including control characters; treat an undefined name as an error.
+# Escape HTML and control characters; treat an undefined name as an error.
 ENVIRONMENT = Environment(
     loader=PackageLoader("qat.report"),
     autoescape=True,
@@ -73,7 +73,7 @@ Row = Mapping[str, Any]
 
 
 def write_report(folder: Path) -> Path:
-    """Write the page of a run directory, from those files that exist.
+    """Write the page of a run directory, from the files in it.
 
     Returns:
         The path of the page.
@@ -126,9 +126,9 @@ def write_page(template: str, folder: Path, context: Mapping[str, Any]) -> Path:
 
 
 def columns(rows: Sequence[Row]) -> list[tuple[str, bool]]:
-    """Names of a table's non-empty columns, each with True if all cells begin like a number.
+    """Names of the non-empty columns, each with True if all non-empty cells begin like a number.
 
-    The first column has False, because it contains the names of the rows.
+    The first of them has False, because it contains the names of the rows.
     """
     names = dict.fromkeys(itertools.chain.from_iterable(rows))
     non_empty_columns: list[tuple[str, bool]] = []
@@ -143,17 +143,17 @@ def columns(rows: Sequence[Row]) -> list[tuple[str, bool]]:
 
 
 def _table(path: Path, folder: Path, names: Sequence[str] = ()) -> list[Row]:
-    """Read the rows of a CSV file, and parse numbers; no rows if the file does not exist.
+    """Read the rows of a CSV file, and parse numbers; no rows if the file is not in `folder`.
 
-    If `names` are given, only these columns are returned. The column with the model's label is left
-    out if all rows have the same label.
+    If `names` are given, only these columns are returned. A first column with labels of models is
+    left out if all labels are equal.
     """
     rows = csv_rows(path) if is_inside(path, folder) else []
     if not rows:
         return []
     wanted = names or rows[0]
     selected = [name for name in rows[0] if name in wanted]
-    # In other columns, `net` is the name of a class.
+    # A later column called `net` belongs to a class of this name.
     if selected[:1] == ["net"] and len({row.get("net") for row in rows}) == 1:
         selected.remove("net")
     table: list[Row] = []
@@ -167,7 +167,7 @@ def _table(path: Path, folder: Path, names: Sequence[str] = ()) -> list[Row]:
 
 
 def _float_cost(folder: Path) -> dict[str, float]:
-    """Cost of the float model, from the cost analysis; empty if the analysis did not compute it."""
+    """Cost of the float model, from the cost analysis in the folder; empty if unknown."""
     summary = json_object(folder / ANALYSES / "cost.json", folder).get("summary", {})
     cost: dict[str, Any] = next(iter(summary.values()), {})
     return cost.get("in_float") or {}
@@ -205,9 +205,9 @@ def _headline_numbers(results: Row, float_cost: Mapping[str, float]) -> list[tup
 
 
 def _model_rows(results: Row, float_cost: Mapping[str, float]) -> list[Row]:
-    """A row for the model; if it is quantized, a row for its float version comes first.
+    """A row for the model; a quantized model has a float row first if float results are known.
 
-    Empty columns are left out. There are no rows if the size of the model is unknown.
+    Columns are left out if empty for the model. There are no rows if its size is unknown.
     """
     if not results.get("size_bytes"):
         return []
@@ -242,7 +242,7 @@ def _file_rows(results: Row) -> list[Row]:
 
 
 def _analyses(folder: Path) -> list[dict[str, Any]]:
-    """Analyses in the run directory (from `analyze`) and in its folder `analysis/` (from runs)."""
+    """Analyses in the run directory (from `analyze`) and in its folder `analysis/`."""
     analyses = []
     for subfolder in (folder, folder / ANALYSES):
         for path in sorted(subfolder.glob("*.json")):
@@ -253,7 +253,7 @@ def _analyses(folder: Path) -> list[dict[str, Any]]:
 
 
 def _analysis(index: Row, subfolder: Path, folder: Path) -> dict[str, Any]:
-    """Figures, tables and file names of one analysis."""
+    """Figures, shown tables and names of all table files of one analysis."""
     is_folded = subfolder != folder
     pictures = []
     for figure, file in _existing_entries(index.get("figures"), subfolder, folder):

@@ -1,4 +1,4 @@
-"""Report the results of the jobs below a directory: `sweep.csv`, a table over seeds, and a page."""
+"""Report the results of the jobs below a directory: `sweep.csv`, a table of means, and a page."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import yaml
 from rich.console import Console
@@ -35,7 +36,7 @@ MEASURES = {
 }
 # Prefix of the columns with settings of the command line.
 SETTING_PREFIX = "overrides."
-# Settings that may differ between jobs of the same experiment.
+# Settings that do not change results, so rows leave them out.
 IGNORED_SETTINGS = {"run_dir", "resume", "overwrite", "report"}
 MAX_GROUPS = 40  # a figure with more groups would be illegible
 
@@ -78,8 +79,8 @@ def _job_row(folder: Path, job: str) -> Row:
 def overrides_of(folder: Path) -> dict[str, str]:
     """The settings on a job's command line, by name; empty if they were not recorded.
 
-    The run itself writes `command.json` when it starts. Hydra writes its own file at each start,
-    even for a job that is refused because results exist, so `command.json` is preferred.
+    The run itself writes `command.json`. Hydra writes its own file at each start, even for a job
+    that is refused because results exist, so `command.json` is preferred.
     """
     overrides = json_object(folder / "command.json", folder).get("overrides")
     path = folder / ".hydra" / "overrides.yaml"
@@ -98,7 +99,7 @@ def overrides_of(folder: Path) -> dict[str, str]:
 
 
 def _without_quotes(value: str) -> str:
-    """A command-line value without surrounding quotes."""
+    """Remove quotes around a command-line value, and escapes inside them."""
     match = re.fullmatch(r"(['\"])(.*)\1", value)
     return re.sub(r"\\(['\"\\])", r"\1", match[2]) if match else value
 
@@ -116,7 +117,7 @@ def varied_settings(jobs: Sequence[Row]) -> list[str]:
 
 
 def job_settings(job: Row, names: Sequence[str]) -> dict[str, str]:
-    """The settings of a job that have these names; long numbers get four significant digits."""
+    """Values of these settings in a job, or `MISSING`; long numbers get four significant digits."""
     return {name: _shorten(str(job.get(SETTING_PREFIX + name, MISSING))) for name in names}
 
 
@@ -133,10 +134,11 @@ def group_jobs(jobs: Sequence[Row]) -> list[tuple[dict[str, str], list[Row]]]:
     groups: dict[tuple[str, ...], list[Row]] = {}
     for job in jobs:
         texts = []
+        seed = re.escape(str(job.get(SETTING_PREFIX + "seed", "")))
         for name in names:
             text = str(job.get(SETTING_PREFIX + name, MISSING))
             # The path of the checkpoint that a job starts from may contain the seed of the job.
-            texts.append(re.sub(r"(seed[-_=]?)\d+", r"\1*", text))
+            texts.append(re.sub(rf"(seed[-_=]?){seed}(?!\d)", r"\1*", text))
         groups.setdefault(tuple(texts), []).append(job)
     groups_with_settings = []
     for key, group in groups.items():
@@ -163,7 +165,7 @@ def finished_values(jobs: Sequence[Row], measure: str) -> list[float]:
 def format_mean(jobs: Sequence[Row], measure: str) -> str:
     """`97.22 ± 0.28`: mean and sample standard deviation (n - 1).
 
-    For a single value or equal values, the text contains only the mean.
+    For a single value or equal values, only the mean; without values, `MISSING`.
     """
     numbers = finished_values(jobs, measure)
     if not numbers:
@@ -202,7 +204,7 @@ def rich_table(rows: Sequence[Mapping[str, str]], title: str | None = None) -> T
 
 
 def publish(folder: Path, *, report: bool, refused: Mapping[str, str] | None = None) -> None:
-    """Write `sweep.csv` and the page of a sweep; print the table and a line for each failed job.
+    """Write `sweep.csv` and the page of a sweep; print the table and a line for each error.
 
     Args:
         folder: directory of the sweep.
@@ -227,7 +229,7 @@ def publish(folder: Path, *, report: bool, refused: Mapping[str, str] | None = N
     console.print(summary)
     console.print(rich_table(group_rows(jobs)))
     for job in jobs:
-        error = job["error"] or (refused or {}).get(job["job"])
+        error = (refused or {}).get(job["job"]) or job["error"]
         if error:
             settings = join_settings(job_settings(job, names))
             console.print(f"job {job['job']} ({settings}): {error}", soft_wrap=True)
@@ -244,7 +246,7 @@ def _write_sweep_page(folder: Path, jobs: Sequence[Row], summary: str) -> None:
         scores = {"top-1 %": job.get("top1"), "error": job["error"]}
         rows.append({"job": name} | job_settings(job, names) | scores)
         if (folder / name / FILE).is_file():
-            links[name] = f"{name}/{FILE}"
+            links[name] = quote(f"{name}/{FILE}")
     context = {
         "kind": "sweep",
         "subject": f"Comparison of {', '.join(names)}" if names else folder.resolve().name,
@@ -258,9 +260,9 @@ def _write_sweep_page(folder: Path, jobs: Sequence[Row], summary: str) -> None:
 
 
 def _figure(jobs: Sequence[Row]) -> dict[str, str]:
-    """Draw the mean top-1 of each group, its standard deviation, and a dot for each job.
+    """Draw the mean top-1 of each group, its standard deviation, and a dot for each value.
 
-    Only the first `MAX_GROUPS` groups are drawn.
+    Only the first `MAX_GROUPS` groups with values are drawn.
     """
     groups = []
     for settings, group in group_jobs(jobs):

@@ -24,7 +24,7 @@ from qat.tasks.set_up import set_up
 from qat.tasks.subject import EvaluatedNet, build_evaluated_net, origin
 
 log = logging.getLogger(__name__)
-# Settings in which the data of all models must agree, besides the folder.
+# Settings in which the data of all models must agree, besides class and folder.
 _IMAGE_FACTS = (
     "in_chans",
     "image_size",
@@ -64,7 +64,7 @@ def analyze(cfg: DictConfig) -> None:
     origins = [origin(job) for job in jobs]
     if analysis.split is not None:
         _check_same_images(subjects, origins)
-    cfg.data = jobs[0].data  # which `build_evaluated_net` has set; the run records it
+    cfg.data = jobs[0].data  # set by `build_evaluated_net`, and recorded below
     device = _single_device(cfg)
     labels = make_labels(cfg.labels, origins)
     nets = []
@@ -78,8 +78,8 @@ def analyze(cfg: DictConfig) -> None:
     for subject, studied_net in zip(subjects, nets, strict=True):
         model = summary.describe_model(subject.name, subject.net, subject.data.input_size)
         entries[studied_net.label] = f"{model}; {summary.describe_recipe(subject.recipe)}"
-    # `evaluates_whole` is False if a model was trained on some of these images. Then test all
-    # models on the images that are held out for this model (False < True).
+    # `evaluates_whole` is False for a model that was trained on some of these images. Then test
+    # all models on the images that are held out for that model (False < True).
     data = min((subject.data for subject in subjects), key=lambda data: data.evaluates_whole)
     if analysis.split is not None:
         default = data.evaluation_split if analysis.split == "test" else analysis.split
@@ -135,7 +135,7 @@ def build_analysis(settings: DictConfig | None) -> Analysis:
     """Build the analysis of `analysis.*`.
 
     Raises:
-        UsageError: the analysis is not set, or one of its settings is invalid.
+        UsageError: the analysis is not set, is not an `Analysis`, or has an invalid setting.
     """
     if settings is None:
         choices = ", ".join(options("analysis"))

@@ -110,8 +110,8 @@ def build_data(cfg: DictConfig) -> ImageData:
     """Build the dataset of `cfg.data`.
 
     Raises:
-        UsageError: the class is not an `ImageData`, refuses a setting, or ignores a setting that
-            was changed.
+        UsageError: the class does not exist, is not an `ImageData`, refuses a setting, or ignores a
+            setting that was changed.
     """
     data = instantiate(cfg.data, "data")
     if not isinstance(data, ImageData):
@@ -124,9 +124,12 @@ def build_data(cfg: DictConfig) -> ImageData:
 
 
 def fill_in_num_classes(cfg: DictConfig) -> None:
-    """If `data.num_classes` is null, set it to the number that the dataset finds.
+    """If a dataset's `num_classes` is null, set it to the number that the dataset finds.
 
-    Models are built from the config, so call this function before building a model.
+    Models are built from the config, so call this before building one.
+
+    Raises:
+        UsageError: see `build_data`.
     """
     if "_target_" in cfg.data and cfg.data.get("num_classes", 0) is None:
         cfg.data.num_classes = build_data(cfg).settings.num_classes
@@ -148,10 +151,10 @@ def build_recipe(cfg: DictConfig) -> QuantRecipe:
 
 
 def model_args(cfg: DictConfig) -> dict[str, Any]:
-    """Arguments for `timm.create_model`: those of the config that are not null, and of the data.
+    """Arguments for `timm.create_model`: those that the config sets, and classes and channels.
 
     Raises:
-        UsageError: the arguments contradict the data.
+        UsageError: an argument is invalid or contradicts the data.
     """
     args = {key: value for key, value in to_plain(cfg.model.args).items() if value is not None}
     if "drop_path_rate" in args:
@@ -181,7 +184,7 @@ def import_modules(names: Iterable[str] | None) -> None:
 
 
 def find_ofq_net(cfg: DictConfig, checkpoint: Checkpoint) -> OfqNet | None:
-    """Return the model in a file of OFQ's own code, or None for other files.
+    """Return the model in a file of OFQ's own code, or None if another format applies.
 
     Raises:
         UsageError: `ckpt_format` is `ofq` but the file is not of OFQ's code; the model in the file
@@ -242,7 +245,7 @@ def _start_from_ckpt(cfg: DictConfig, name: str, args: dict[str, Any], *, keep_h
 def quantize(
     start: Start, recipe: QuantRecipe, data: ImageData, *, init: str, processes: int
 ) -> list[str]:
-    """Convert a model in place; copy the scales of the starting model, and compute all others.
+    """Convert a model in place; copy the matching scales of the starting model; compute others.
 
     Args:
         start: the float model, and the quantized model that its weights come from, if there is one.
@@ -256,6 +259,9 @@ def quantize(
 
     Returns:
         Notes for the user, one line each.
+
+    Raises:
+        UsageError: conversion or calibration is impossible.
     """
     as_reference = init == "reference" and recipe.name != "fp"
     reset_names = add_random_biases(start.net) if as_reference else []
@@ -287,10 +293,10 @@ def build_loss(cfg: DictConfig) -> CompositeLoss:
     """Build the terms of `cfg.loss`, and the regularizers whose weight is not 0.
 
     Raises:
-        UsageError: a term cannot be built.
+        UsageError: a term cannot be built, or terms cannot be combined.
     """
     terms = {}
-    for name, term in cfg.loss.terms.items():
+    for name, term in (cfg.loss.terms or {}).items():
         terms[name] = instantiate(term, f"loss.terms.{name}")
     for name, term in (cfg.loss.get("regularizers") or {}).items():
         regularizer = instantiate(term, f"loss.regularizers.{name}")

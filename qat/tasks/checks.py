@@ -152,7 +152,7 @@ def check_writers(name: str, callback: Callback, writers: dict[Path, str]) -> No
 
     Args:
         name: name of the callback in `callbacks.*`.
-        callback: the callback; only those that write checkpoints are checked.
+        callback: the callback; only checkpoints with fixed file names are checked.
         writers: names of the earlier callbacks by file; the callback is added.
 
     Raises:
@@ -259,7 +259,7 @@ def check_sharding(strategy: object, name: str, part: object) -> None:
 
     Args:
         strategy: value of `trainer.strategy`.
-        name: the setting of the callback or the name of the term.
+        name: words for the callback or term in the message.
         part: the callback or the term.
 
     Raises:
@@ -314,7 +314,7 @@ def check_combinations(
 
 
 def check_patches(net: nn.Module, data: ImageData) -> None:
-    """Check that images consist of whole patches, because timm would ignore pixels at the edge.
+    """Check that images consist of whole patches if timm would ignore pixels at the edge.
 
     Raises:
         UsageError: the patch size does not divide the image size.

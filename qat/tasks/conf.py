@@ -91,7 +91,7 @@ def yaml_lines(text: str) -> Iterator[tuple[str, str, str]]:
 def config_groups(*, _root_: DictConfig) -> str:
     """A line for each group of a command with its choices, for `--help`.
 
-    An experiment that overrides a group of another command is left out.
+    An experiment that overrides a group that the command lacks is left out.
     """
     groups = {name for name in _root_.hydra.runtime.choices if name.isidentifier()}
     lines = []
@@ -115,7 +115,7 @@ def _overridden_groups(experiment: str) -> set[str]:
 
 
 def config_in_words(*, _root_: DictConfig) -> str:
-    """The settings of a command, each with its comment in `conf/`, for `--help`."""
+    """Settings of a command for `--help`, with their comments in `conf/`."""
     comments = _setting_comments(_root_.command)
     names = [str(name) for name in _root_]
     prefixes = ("hydra", "command", "sweep_dir", "default_")
@@ -178,7 +178,7 @@ def run_name() -> str:
 def swin_patch(image_size: int, own_patch: int | None) -> int:
     """The patch size of a Swin in pixels: its own (4 if None), or smaller for small images.
 
-    The size is halved until all four stages have patches to merge.
+    The size is halved until each of the four stages has a patch, or the size is 1.
     """
     patch = own_patch or 4
     while patch > 1 and image_size // patch < 2 ** (SWIN_STAGES - 1):
@@ -190,7 +190,7 @@ def swin_window(image_size: int, patch: int, own_window: int) -> int:
     """The window size of a Swin in patches: its own, or the largest smaller size that fits.
 
     A window fits if its size divides the side of the feature map and is smaller than this side,
-    because shifting needs two windows. If no size fits, the model's own window size is returned.
+    because shifting needs two windows. If no size above 1 fits, `own_window` is returned.
     """
     side = image_size // patch
     for window in (own_window, *range(own_window - 1, 1, -1)):
@@ -200,7 +200,7 @@ def swin_window(image_size: int, patch: int, own_window: int) -> int:
 
 
 def timm_argument(model: str, name: str, value: Any) -> Any:
-    """Return `value` if a class in the module of this timm model has the argument, else None."""
+    """Return `value` if a model class in the module of this timm model takes `name`, else None."""
     import timm
 
     if not timm.is_model(model):
@@ -216,7 +216,7 @@ def timm_argument(model: str, name: str, value: Any) -> Any:
 
 
 def none_of(*values: object) -> bool:
-    """True if no value is set. Configs use it to fall back on pretrained weights."""
+    """True if all values are falsy. Configs use this to fall back on pretrained weights."""
     return not any(values)
 
 
@@ -229,7 +229,7 @@ def pick(net: str | None, bits: int, table: Mapping[str, Any]) -> Any:
         table: entries by model, or by model and bit-width: `{deit_t:140,deit_s:{2:140,3:100}}`.
 
     Raises:
-        ValueError: the table has no such entry; the error of OmegaConf names the setting.
+        ValueError: the table has no such entry; OmegaConf adds the setting's name.
     """
     entry = table.get(net) if net is not None else None
     if entry is None:

@@ -18,7 +18,7 @@ from qat.lit.loggers import end_wandb_runs
 from qat.losses import CompositeLoss, CrossEntropy
 from qat.model.cost import Cost, cost
 from qat.tasks import build, fit, summary
-from qat.tasks.predict import find_images, predict
+from qat.tasks.predict import check_one_device, find_images, predict
 from qat.tasks.report import report_run
 from qat.tasks.results import (
     correct_field,
@@ -62,11 +62,13 @@ def evaluate(cfg: DictConfig) -> float | None:
 
     subject = build_evaluated_net(cfg)
     subject.data.requested_split = cfg.split
+    trainer = fit.build_trainer(cfg, [], fit.build_loggers(cfg))
+    if is_prediction:
+        check_one_device(cfg, trainer)
+    else:
+        connect(trainer)
     if is_first():
         record_run(cfg)
-    trainer = fit.build_trainer(cfg, [], fit.build_loggers(cfg))
-    if not is_prediction:  # `predict` refuses several processes
-        connect(trainer)
     _announce(cfg, subject, paths, trainer)
     costs = cost(subject.net, subject.data.input_size)
     with end_wandb_runs(trainer.loggers):
@@ -120,7 +122,8 @@ def measure(
 
     Returns:
         Entries of `results.json`: accuracies in percent, loss, sizes, which images are classified
-        correctly, facts about the split, and with `folder` the results by class.
+        correctly, facts about the split, and with `folder` the results by class, unless there are
+        too many classes.
     """
     data = subject.data
     num_classes = data.settings.num_classes

@@ -80,7 +80,7 @@ class _Source(NamedTuple):
         preprocessing_settings: settings with which images for the model are prepared.
         images: batches of images; empty = unknown data, so noise is used.
         data: data config to store in the file; None = unknown data.
-        classes: names of the classes.
+        classes: names of the classes; None = unknown.
         description: description of the images in words.
     """
 
@@ -100,7 +100,7 @@ def export(cfg: DictConfig) -> float:
         cfg: config composed from `conf/export.yaml`; `cfg.run_dir` is the job's directory.
 
     Returns:
-        Percentage of images for which the file and the model predict the same class.
+        Percentage of images with the same class in file and model, in the worst runtime.
 
     Raises:
         UsageError: a setting, path or file cannot be used, or the written file disagrees with the
@@ -185,7 +185,7 @@ def _onnx_settings(cfg: DictConfig) -> OnnxSettings:
 
 
 def _load_source(cfg: DictConfig) -> _Source:
-    """The model of `ckpt` and images of its data; a model that was built in Python has no data."""
+    """The model of `ckpt`, with images of its data if the data are known."""
     checkpoint = read_checkpoint(cfg.ckpt, fmt=cfg.ckpt_format)
     meta = checkpoint.meta
     has_data_setting = "_target_" in cfg.data
@@ -266,7 +266,7 @@ def _compare_with_float(
         sizes = {name: file.stat().st_size for name, file in files.items()}
         times: dict[str, dict[str, float]] = {}
         for runtime, agreement in checked.agreement.items():
-            if cfg.latency and agreement.images:
+            if cfg.latency and agreement.images and agreement.problem is None:
                 times[runtime] = _measure_times(files, runtime, image, cfg.latency)
     agreements = checked.agreement.items()
     time_of_float = {}
@@ -283,7 +283,7 @@ def _compare_with_float(
 def _measure_times(
     files: dict[str, Path], runtime: str, image: torch.Tensor, repeats: int
 ) -> dict[str, float]:
-    """Milliseconds of one image with each file in a runtime, in one thread."""
+    """Milliseconds per image for each file in a runtime, with one thread."""
     sessions = {name: open_session(file, runtime, threads=1) for name, file in files.items()}
     times = milliseconds(sessions, image, repeats)
     return {name: round(time_ms, 3) for name, time_ms in times.items()}
@@ -303,7 +303,7 @@ class _WayToRun(NamedTuple):
     Attributes:
         target: runtime and processor.
         advice: settings with which to run the file, or the reason not to run it.
-        runtime: name of the target among the measured times; None = not measured on this machine.
+        runtime: key of the target in measured times; None = not timed here.
     """
 
     target: str

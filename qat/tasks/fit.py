@@ -52,7 +52,7 @@ log = logging.getLogger(__name__)
 def build_optimizer_factory(cfg: DictConfig, trainer: Trainer) -> Any:
     """Return a function that builds the optimizer of a model.
 
-    The function is tried on a small layer, so that mistakes are found before training.
+    The function is tried on a small layer, so that mistakes raise `UsageError` before training.
     """
     settings = to_plain(cfg.optimizer)
     check_number("optimizer.lr", settings["lr"], 0, exclusive_lowest=True)
@@ -79,7 +79,13 @@ def global_batch(batch_size: int, trainer: Trainer) -> int:
 
 
 def build_scheduler_factory(cfg: DictConfig) -> Any:
-    """Return a function that maps (optimizer, epochs, steps per epoch) to (schedule, interval)."""
+    """Return a function that maps (optimizer, epochs, steps per epoch) to (schedule, interval).
+
+    A dry run has no warm-up or cool-down.
+
+    Raises:
+        UsageError: warm-up or cool-down is invalid.
+    """
     settings = to_plain(cfg.scheduler)
     interval = settings["interval"]
     warmup_epochs = settings.pop("warmup_epochs")
@@ -123,9 +129,13 @@ def steps_per_epoch(cfg: DictConfig, data: ImageData) -> int:
 
 
 def build_callbacks(cfg: DictConfig) -> list[Callback]:
-    """Build the callbacks of `cfg.callbacks`; leave out progress bars if stdout is not a terminal.
+    """Build the callbacks of `cfg.callbacks` and those that qat adds.
 
-    Checkpoints go to `run_dir/checkpoints/` unless a callback has another folder.
+    Progress bars are left out if stdout is not a terminal. Checkpoints go to `run_dir/checkpoints/`
+    unless a callback has another folder.
+
+    Raises:
+        UsageError: a callback cannot be used.
     """
     callbacks: list[Callback] = []
     writers: dict[Path, str] = {}
@@ -217,8 +227,8 @@ def build_trainer(cfg: DictConfig, callbacks: list[Callback], loggers: list[Logg
         loggers: loggers of the trainer; without loggers, no learning rate is monitored.
 
     Raises:
-        UsageError: a setting is unknown, belongs to qat, or is refused by Lightning; the machine
-            lacks the accelerator; or `sync_batchnorm` is set on CPUs.
+        UsageError: a setting is unknown, is set by qat itself, or is refused by Lightning; the
+            machine lacks the accelerator; or `sync_batchnorm` is set on CPUs.
     """
     settings: dict[str, Any] = {}
     for key, value in cfg.trainer.items():
@@ -333,7 +343,7 @@ def compile_mode(cfg: DictConfig) -> bool | str:
 
 
 def compile_nets(cfg: DictConfig, net: nn.Module, teacher: Teacher | None) -> None:
-    """Compile student and teacher in place, each as one graph, if `compile_mode` says so.
+    """Compile student and teacher in place, without graph breaks, if `compile_mode` says so.
 
     Names in state dicts do not change. First, a single operation is compiled as a test. If the test
     fails with `compile=auto`, the models are not compiled.

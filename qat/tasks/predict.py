@@ -48,20 +48,25 @@ def find_images(source: str) -> list[Path]:
     return sorted(paths)
 
 
-def predict(cfg: DictConfig, subject: EvaluatedNet, paths: list[Path], trainer: Trainer) -> None:
-    """Write the likeliest classes of images to `predictions.csv`, and log the first rows.
-
-    A row contains the path of an image, then classes and probabilities by rank.
-
-    Raises:
-        UsageError: the run has more than one device, an image cannot be decoded (with
-            `data.on_error=skip`, no image can be decoded), or a logit is not finite.
-    """
+def check_one_device(cfg: DictConfig, trainer: Trainer) -> None:
+    """Raise `UsageError` if a prediction has more than one device."""
     if trainer.world_size > 1:
         raise UsageError(
             f"trainer.devices={cfg.trainer.devices!r}: predictions are made on one device; "
             "must be 1"
         )
+
+
+def predict(cfg: DictConfig, subject: EvaluatedNet, paths: list[Path], trainer: Trainer) -> None:
+    """Write the likeliest classes of images to `predictions.csv`, and log the first rows.
+
+    A row contains the path of an image, then classes and probabilities by rank. Skipped
+    images have no row.
+
+    Raises:
+        UsageError: an image cannot be decoded (with `data.on_error=skip`, no image can be
+            decoded), or a logit is not finite.
+    """
     setting = f"predict={str(cfg.predict)!r}"
     num_ranks = min(TOP_K, len(subject.classes))
     rows = _predicted_rows(subject, paths, trainer, num_ranks, setting)

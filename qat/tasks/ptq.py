@@ -1,8 +1,8 @@
 """`ptq.py`: quantize a trained model without training.
 
 A float model is calibrated; a quantized model keeps its quantizers (`ptq=keep`). Then `ptq.method`
-may fit weights, and `search` may search scales. The model is written to `quantized.ckpt` and
-evaluated.
+may fit weights, and `search` may improve scales. The model is evaluated and, except in a dry run,
+written to `quantized.ckpt`.
 """
 
 from __future__ import annotations

@@ -73,17 +73,22 @@ def build_reconstruct(cfg: DictConfig) -> ReconstructSettings:
 
 
 def check_run_dir(cfg: DictConfig) -> None:
-    """Check that the run directory can be resumed or used.
+    """Check that a run can begin or be resumed in the run directory.
 
     Raises:
         UsageError: with `resume=true`, there is nothing to resume; or the directory belongs to
-            another run.
+            another run, without `overwrite`.
     """
     run_dir = Path(cfg.run_dir)
     if cfg.resume is True and _state_file(run_dir) is None:
         raise UsageError(
             f"resume=true: run_dir={str(run_dir)!r} has no {' and no '.join(STATE_FILES)}; "
             "use resume=auto to start a new run in that case"
+        )
+    if cfg.resume and cfg.trainer.fast_dev_run and outputs.used_files(run_dir):
+        raise UsageError(
+            f"trainer.fast_dev_run: resume={cfg.resume!r} would change {str(run_dir)!r}; "
+            "a dry run must have resume=false"
         )
     if cfg.overwrite:
         return
@@ -107,7 +112,7 @@ def _state_file(run_dir: Path) -> Path | None:
 
 
 def _settings_to_resume(run_dir: Path) -> dict[str, Any]:
-    """Settings of a run from its state file; if it has none, those in `config.yaml`.
+    """Settings of a run as stored in its state file, or else in `config.yaml`.
 
     Raises:
         UsageError: the settings cannot be read.
@@ -131,9 +136,9 @@ def check_start(cfg: DictConfig, subject: EvaluatedNet, *, has_search: bool) -> 
     A recipe starts from a float model, `ptq=keep` from a quantized model.
 
     Raises:
-        UsageError: the recipe cannot start from the model; with `ptq=keep`, there is no search or
-            no target for one; with a recipe, `teacher.ckpt` is set; or the run to resume had other
-            settings of `ptq.*`.
+        UsageError: the recipe cannot start from the model; with `ptq=keep`, a search or its
+            targets are missing; with a recipe, `teacher.ckpt` is set; or the run to resume had
+            other settings of `ptq.*`.
     """
     run_dir = Path(cfg.run_dir)
     is_finished = (run_dir / QUANTIZED_FILE).is_file() and not cfg.overwrite
@@ -162,7 +167,6 @@ def check_start(cfg: DictConfig, subject: EvaluatedNet, *, has_search: bool) -> 
 def _check_keep(
     file: str, teacher_file: str | None, subject: EvaluatedNet, *, has_search: bool
 ) -> None:
-    """Check that `ptq=keep` has a quantized model, a search, and targets for the search."""
     if is_frozen(subject.net):
         raise UsageError(
             f"{file}: contains only integer codes; "
@@ -216,7 +220,7 @@ def target_net(path: str | None, subject: EvaluatedNet, *, sets_mean: bool) -> n
 
 
 def calibration_batches(data: ImageData, batch_size: int) -> list[Tensor]:
-    """Training images in batches of `ptq.batch`, without a smaller last batch.
+    """Training images as batches (batch_size, C, H, W), without a smaller last batch.
 
     Raises:
         UsageError: there are too few images for one batch.

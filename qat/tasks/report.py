@@ -30,6 +30,8 @@ def report_run(
 ) -> None:
     """Write the page at the end of a run, in the first process; an error is only logged.
 
+    With `report=false` or in a dry run, nothing is written.
+
     Args:
         cfg: the job's config.
         net: the run's model, whose layers the page shows; None = no layers.

@@ -60,7 +60,7 @@ KEYS = (
 
 
 def record_run(cfg: DictConfig) -> None:
-    """Write `config.yaml` and the command line of a run; a call from Python has no command line.
+    """Write `config.yaml`, and `command.json` unless the run is a call from Python.
 
     Files that a killed process left unfinished are deleted, because the directory now belongs to
     this run.
@@ -85,10 +85,10 @@ def write_results(cfg: DictConfig, **values: Any) -> dict[str, Any]:
     Args:
         cfg: the job's config, from which command, model, quant, data and seed are taken unless
             `values` contains them.
-        values: values for `KEYS`, for `error`, and for keys that only one command has.
+        values: values for `KEYS` and for further keys, such as `error`.
 
     Returns:
-        All results; accuracies are in percent, sizes in bytes, times in seconds.
+        All results: accuracies in percent, sizes in bytes, times in seconds except `latency_ms`.
     """
     data_class = str(_get_setting(cfg, "data._target_") or "").rpartition(".")[2]
     common: dict[str, Any] = {
@@ -110,7 +110,7 @@ def write_results(cfg: DictConfig, **values: Any) -> dict[str, Any]:
 
 
 def _command_line() -> str | None:
-    """Return the job's command line in Hydra's grammar, or None for a call from Python."""
+    """Return the job's command line, quoted for a shell, or None for a call from Python."""
     if not HydraConfig.initialized():
         return None
     hydra_config = HydraConfig.get()
@@ -118,7 +118,7 @@ def _command_line() -> str | None:
 
 
 def _get_setting(cfg: DictConfig, name: str) -> Any:
-    """Return a setting, or None if it is missing, as in the config of a refused run."""
+    """Return a setting, or None if it is missing or cannot be resolved."""
     return OmegaConf.select(cfg, name, throw_on_resolution_failure=False)
 
 
@@ -126,7 +126,8 @@ def recipe_fields(recipe: QuantRecipe) -> dict[str, Any]:
     """Entries of `results.json` that describe a recipe.
 
     Returns:
-        `quant`: name and bits of the recipe (`ofq_2bit`, `deploy_w8a8`); `recipe`: its settings.
+        `quant`: name and bits of the recipe (`ofq_2bit`, `deploy_w8a8`), or `fp`; `recipe`: its
+        settings.
     """
     name = recipe.name
     if name != "fp":
@@ -185,7 +186,7 @@ def library_versions(*more: str) -> dict[str, str]:
 
 
 def _git_commit(clone: Path = Path(qat.__file__).parents[1]) -> str | None:
-    """Return the commit of a clone of qat, or None for an installed package.
+    """Return the commit of a clone of qat, or None for an installed package or if git fails.
 
     An installed package may be inside a clone of another project, whose commit is not returned.
     """
@@ -246,7 +247,7 @@ def write_class_tables(
     `confusion.csv` has a row for each true class and a column for each predicted class.
 
     Returns:
-        Entries of `results.json` that describe the classes.
+        Result of `class_fields` for `confusion` and `names`.
     """
     results = class_fields(confusion, names)
     if is_first():

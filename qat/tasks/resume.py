@@ -30,8 +30,8 @@ from qat.spec import QuantRecipe
 
 log = logging.getLogger(__name__)
 
-# Settings that do not change results: paths, logs, and how images are read. `comparable_settings`
-# returns all other settings.
+# Settings that do not change results, such as paths and logs. `comparable_settings` returns all
+# other settings.
 NOT_COMPARED = {
     "run_dir",
     "sweep_dir",
@@ -78,12 +78,12 @@ def find_resume(
 ) -> Checkpoint | None:
     """Return the checkpoint to resume from, or None for a new run.
 
-    If `last.ckpt` is missing or cannot be read, the previous checkpoint is used, with a warning.
+    If `last.ckpt` is missing or cannot be read, `last.prev.ckpt` is used, with a warning.
 
     Raises:
         UsageError: with `resume=true`, there is no checkpoint; the checkpoint cannot be read or
             resumed; the run had another model, recipe, optimizer or schedule, or more epochs; or
-            this is a dry run.
+            a dry run would resume it.
     """
     folder = Path(cfg.run_dir) / "checkpoints"
     candidates = [folder / name for name in (FILE_NAME, PREVIOUS_NAMES[FILE_NAME])]
@@ -241,10 +241,10 @@ def check_data(checkpoint: Checkpoint, data: ImageData, *, allow_changed_data: b
     Args:
         checkpoint: the checkpoint of the run.
         data: data of the resumed run.
-        allow_changed_data: only warn if the images have changed.
+        allow_changed_data: True = changed images only cause a warning.
 
     Raises:
-        UsageError: classes or images have changed.
+        UsageError: classes have changed, or images have and `allow_changed_data` is False.
     """
     meta = checkpoint.meta or {}
     old_classes = meta.get("classes")
@@ -284,11 +284,11 @@ def _check_classes(path: Path, old_classes: Sequence[str], classes: Sequence[str
 
 
 def check_teacher(checkpoint: Checkpoint, digest: str | None) -> None:
-    """Check that the teacher of a resumed run has the same weights; the file may have moved.
+    """Check that the weights of a resumed run's teacher are unchanged; their file may have moved.
 
     Args:
         checkpoint: the checkpoint of the run.
-        digest: digest of the teacher's weights; None = no teacher.
+        digest: digest of the teacher's weights; None = no teacher, and no check.
 
     Raises:
         UsageError: the teacher has other weights.
@@ -324,15 +324,15 @@ def check_optimizer(checkpoint: Checkpoint, optimizer: torch.optim.Optimizer) ->
 
 
 def _option_names(keys: set[str]) -> list[str]:
-    """Sorted names of the options of a parameter group; a schedule adds `initial_lr`."""
+    """Sorted names of a parameter group's options, with `initial_lr`, which a schedule adds."""
     return sorted(keys | {"initial_lr"})
 
 
 def outputs_to_replace(cfg: DictConfig) -> list[Path]:
     """Files that a new run in a used directory replaces.
 
-    The caller deletes them after all checks have passed and the file of `ckpt`, which may be one of
-    them, has been read.
+    Delete them only after all checks have passed and the file of `ckpt`, which may be one of them,
+    has been read.
 
     Raises:
         UsedError: the directory contains files of another run, which must not be overwritten.

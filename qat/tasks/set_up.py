@@ -37,8 +37,8 @@ def set_up(cfg: DictConfig) -> None:
     """Check the settings of a command, set what they imply, and apply kernels and seed.
 
     Raises:
-        UsageError: a setting is unknown, a value is invalid or has the wrong type, or the model
-            cannot be fetched.
+        UsageError: a setting is unknown, a value is invalid, or the model or the data cannot be
+            read.
     """
     check_settings(cfg)
     quiet_libraries()
@@ -54,7 +54,8 @@ def _resolve_hub_model(cfg: DictConfig) -> None:
     """Apply the settings implied by a model on the hub, or by a folder of Transformers.
 
     A model that is not cached is downloaded. For a model that qat saved, `ckpt` is set; for a model
-    of timm or Transformers, architecture, arguments, weights and preprocessing are set.
+    of timm or Transformers, architecture and arguments are set, and weights and preprocessing where
+    the settings leave them open.
 
     Raises:
         UsageError: the model cannot be fetched or used, or another setting contradicts the model.
@@ -74,7 +75,7 @@ def _resolve_hub_model(cfg: DictConfig) -> None:
 
 
 def _apply_qat_folder(cfg: DictConfig, folder: Path) -> None:
-    """Set `ckpt` to the weights of a folder that qat wrote."""
+    """Set `ckpt` to the weights of a folder that qat wrote; refuse training and other weights."""
     cfg.model.pretrained = False
     if cfg.command == "train":
         raise UsageError(
@@ -94,7 +95,7 @@ def _apply_qat_folder(cfg: DictConfig, folder: Path) -> None:
 def _apply_timm_folder(cfg: DictConfig, folder: Path, config: Mapping[str, Any]) -> None:
     """Set architecture, arguments, weights and preprocessing from a timm folder and its config.
 
-    Arguments and preprocessing that the user has set stay.
+    Weights are set only with `model.pretrained`; the user's arguments and preprocessing stay.
     """
     is_pretrained = cfg.model.pretrained
     cfg.model.pretrained = False
@@ -118,7 +119,7 @@ def _apply_timm_folder(cfg: DictConfig, folder: Path, config: Mapping[str, Any])
 
 
 def _apply_transformers_folder(cfg: DictConfig, name: str) -> None:
-    """Set arguments, weights and preprocessing from a folder or hub model of Transformers."""
+    """Set arguments, preprocessing and, if `model.pretrained`, weights of a Transformers model."""
     if cfg.model.weights:
         raise UsageError(
             f"model.weights={cfg.model.weights!r}: must be null with model=hf, "

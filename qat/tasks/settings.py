@@ -236,7 +236,7 @@ def check(cfg: DictConfig) -> None:
             names the setting.
     """
     merged_cfg = OmegaConf.merge(OmegaConf.structured(COMMANDS[cfg.command]), cfg)
-    merged_cfg.model.args = {}  # may refer to data that only the checkpoint knows
+    merged_cfg.model.args = {}  # may refer to data settings that only the checkpoint has
     _refuse_unknown(OmegaConf.to_object(merged_cfg))
 
 
@@ -250,7 +250,7 @@ def _refuse_unknown(group: Any, prefix: str = "") -> None:
 
 
 def check_path(setting: str, value: Any) -> None:
-    """Raise `UsageError` for a path that YAML has read as a number, and for an empty path.
+    """Raise `UsageError` for an empty path, and for one that is not text, such as a number.
 
     An empty path usually comes from a shell variable that is not set. With an empty `ckpt`, for
     example, a run would start from other weights. None is allowed.

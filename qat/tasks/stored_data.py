@@ -1,4 +1,4 @@
-"""The data config of an evaluation: the user's config, or the config that a checkpoint stores.
+"""The data config of an evaluation: the user's, else that of a checkpoint, else a default.
 
 Checkpoints may be untrusted: a stored config builds only datasets of qat, downloads nothing, and
 does not read a whole disk.
@@ -35,11 +35,11 @@ def choose_data(cfg: DictConfig, checkpoint: Checkpoint | None) -> None:
 
     A prediction only needs to know how images are prepared, so the folder of the checkpoint's data
     may be missing. If the data of a model are unknown, a prediction prepares images as
-    `qat.transform` does, or for plain timm weights as `data=imagenet` does for this model.
+    `qat.transform` does, or without a file of qat as `data=imagenet` does for this model.
 
     Raises:
-        UsageError: the checkpoint names a class that is not a dataset of qat, or data that cannot
-            be used without the user's consent.
+        UsageError: the checkpoint names data that cannot be used, or not without the user's
+            consent; or its model cannot be built.
     """
     own_settings = {k: v for k, v in build.to_plain(cfg.data).items() if v is not None}
     meta: Mapping[str, Any] = {}
@@ -51,10 +51,13 @@ def choose_data(cfg: DictConfig, checkpoint: Checkpoint | None) -> None:
         if meta and reads_model and cfg.data.model in {None, meta["model"]["name"]}:
             # Crop and normalize photos as the file states, else as the model expects.
             stored = meta.get("data") or {}
-            if stored.get("in_chans", 3) == (cfg.data.get("in_chans") or 3):
+            in_chans = cfg.data.get("in_chans") or 3
+            if stored.get("in_chans", 3) == in_chans:
                 set_preprocessing(cfg.data, stored)
             cfg.data.model = meta["model"]["name"]
-            if cfg.data.model == CLASSIFIER:  # timm does not know this model
+            # The name does not say which of timm's weights the file has, and timm does not know
+            # `CLASSIFIER`.
+            if cfg.data.model == CLASSIFIER or ("_target_" not in stored and in_chans == 3):
                 image_config = meta.get("pretrained_cfg") or {}
                 check_images(f"ckpt={str(cfg.ckpt)!r}: pretrained_cfg", image_config)
                 set_preprocessing(cfg.data, image_config)
@@ -76,9 +79,9 @@ def choose_data(cfg: DictConfig, checkpoint: Checkpoint | None) -> None:
 
 
 def _stored_settings(meta: Mapping[str, Any], ckpt: str, *, is_prediction: bool) -> dict[str, Any]:
-    """Check the data config in a checkpoint's metadata, and return it, or {} if it is missing.
+    """Check the data config in a checkpoint's metadata; return the settings to use, {} if none.
 
-    A dataset that a file names could run code, so only datasets of qat are built, from plain
+    A class that a file names could run code, so only datasets of qat are built, from plain
     values. Datasets that would be downloaded must be set by the user, unless the command predicts,
     which needs none of their images.
 

@@ -37,7 +37,7 @@ class EvaluatedNet:
     Attributes:
         net: the model.
         name: name of the model.
-        recipe: recipe with which the model is quantized.
+        recipe: recipe of the model; `fp` if it is not quantized.
         data: dataset; its settings describe how images are prepared for the model.
         classes: names of the classes, or class ids as text.
         assumed: names of image settings that are assumed, see `summary.assumed_settings`.
@@ -99,7 +99,7 @@ def class_names(stored_names: object, data: ImageData) -> list[str]:
     """Names of the classes of the data, or class ids as text.
 
     Args:
-        stored_names: names that are stored with the model, if any; used first.
+        stored_names: names that are stored with the model; used if there is one for each class.
         data: the dataset, which may know class names.
     """
     num_classes = data.settings.num_classes

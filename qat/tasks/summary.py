@@ -34,7 +34,7 @@ from qat.utils.text import chance_level_remark, format_count, format_si
 from qat.utils.validate import FLOAT_BITS
 
 log = logging.getLogger(__name__)
-MIN_STEPS = 100  # in all epochs; a run with fewer steps logs a warning
+MIN_STEPS = 100  # in all epochs; with fewer, `describe_training` may warn
 IMAGE_SETTINGS = ("crop_pct", "interpolation", "mean", "std")
 
 
@@ -58,7 +58,7 @@ def describe_model(name: str, net: nn.Module, input_size: tuple[int, int, int]) 
 
 
 def describe_size(net: nn.Module, size_bytes: int) -> str:
-    """Size of a model as text, with the command that writes a file of this size, if there is one.
+    """Size of a model as text; if it is quantized but not frozen, with the command to pack it.
 
     `best.ckpt` is larger, because it contains everything that is needed to resume training.
     """
@@ -71,7 +71,7 @@ def describe_size(net: nn.Module, size_bytes: int) -> str:
 
 
 def score_texts(results: Mapping[str, Any]) -> dict[str, str]:
-    """Accuracies as text, with a remark if the model has learned nothing."""
+    """Accuracies by name, as text, with a `note` if top-1 is close to chance."""
     texts = {}
     for k in (1, 5):
         accuracy = results.get(f"top{k}")
@@ -133,7 +133,7 @@ def assumed_settings(
 ) -> list[str]:
     """Image settings that neither the user nor the file of a model's weights sets.
 
-    The list is empty if no file is read, or if the file contains its own data config.
+    The list is empty if no file is read, or if the file contains a complete data config.
 
     Args:
         cfg: config of a command.
@@ -228,10 +228,10 @@ def bits_table(columns: Mapping[str, Counter[int]]) -> str:
 
 
 def describe_training(cfg: DictConfig, data: ImageData, trainer: Trainer) -> str:
-    """Epochs and training steps, as text; warn if there are few steps.
+    """Epochs and steps per epoch, as text; may warn if there are few steps.
 
-    The text also mentions images that are left out at the end of an epoch, because they do not fill
-    a batch.
+    Unless batches are limited, the text mentions images that are left out of each epoch because
+    they do not fill a batch.
     """
     loader = data.train_dataloader()
     num_images = len(loader.sampler)  # type: ignore[arg-type]
@@ -299,7 +299,7 @@ def announce_run(
 
 
 def warn_of_random_weights(start: Start, *, is_dry_run: bool) -> None:
-    """Warn if quantized training starts from random weights."""
+    """Warn if quantized training, except a dry run, starts from random weights."""
     if start.is_random and not is_dry_run:
         log.warning(
             "random weights: a quantized training step takes longer than one in float; "
@@ -312,7 +312,7 @@ def announce_teacher(teacher: Teacher | None, data: ImageData, trainer: Trainer)
     """Evaluate the teacher before training, because a wrong teacher would waste the run.
 
     Returns:
-        Top-1 of the teacher in percent if it is a float model, else None.
+        Top-1 of a float teacher in percent, with both heads if it has two; else None.
     """
     if teacher is None:
         return None

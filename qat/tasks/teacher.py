@@ -54,8 +54,8 @@ def build_teacher(cfg: DictConfig, loss: CompositeLoss, data: ImageData) -> Teac
     Return None if no loss term uses a teacher.
 
     Raises:
-        UsageError: the loss needs a teacher, but there are no trained float weights for a teacher,
-            two settings choose the weights, or the teacher does not suit the data.
+        UsageError: `teacher.model` is unknown; or the loss needs a teacher, but its weights are
+            missing, set twice or cannot be used, or it does not suit the data.
     """
     if cfg.teacher.model is not None:
         check_model("teacher.model", cfg.teacher.model)
@@ -80,7 +80,7 @@ def build_teacher(cfg: DictConfig, loss: CompositeLoss, data: ImageData) -> Teac
 def adapt_teacher(
     start: Start, data: ImageData, setting: str, value: Any, *, sets_mean: bool
 ) -> None:
-    """Make a teacher accept images of the data, even with a different mean and standard deviation.
+    """Make a teacher accept images of the data, even if it was trained with another normalization.
 
     Args:
         start: the teacher.
@@ -91,7 +91,7 @@ def adapt_teacher(
 
     Raises:
         UsageError: the teacher has another number of classes, has the same classes in another
-            order, or needs images of another size.
+            order, or does not accept the images.
     """
     net = start.net
     origin = f"{setting}={value!r}"
@@ -135,9 +135,9 @@ def _normalization(data: ImageData) -> tuple[list[float], list[float]]:
 def _training_normalization(
     start: Start, data: ImageData, setting: str, *, sets_mean: bool
 ) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation of the images that a model was trained on.
+    """Mean and standard deviation with which a model's training images were normalized.
 
-    Files that qat wrote record these values, and timm states them for its own weights. For other
+    Files of qat may record these values, and timm states them for its own weights. For other
     weights, timm's values are assumed if the data use timm's values. If the values are unknown, the
     values of the data are returned.
 
@@ -188,7 +188,7 @@ def _own_teacher(cfg: DictConfig) -> nn.Module:
 
 
 def _shared_arguments(name: str, args: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments of the student for its teacher, except sizes that the teacher's class lacks."""
+    """Arguments of the student for its teacher, except sizes that a timm teacher cannot take."""
     shared = {key: args[key] for key in COMMON_ARGS if key in args}
     if timm.is_model(name) and timm.model_entrypoint(name).__module__.startswith("timm.models"):
         for key in ("img_size", "patch_size"):

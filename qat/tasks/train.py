@@ -1,4 +1,4 @@
-"""`train.py`: build and train a model, evaluate the best checkpoint, and write `results.json`."""
+"""`train.py`: build and train a model, evaluate its best weights, and write `results.json`."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def train(cfg: DictConfig) -> float:
 
     Returns:
         Validation top-1 in percent of the best checkpoint, or of the final weights if there is no
-        best checkpoint.
+        best checkpoint; NaN without validation.
 
     Raises:
         UsageError: a setting, path or file cannot be used; during training: a loss, gradient or
@@ -188,7 +188,7 @@ def _write_results(
     metrics: Mapping[str, float],
     outcome: Mapping[str, Any],
 ) -> None:
-    """Write `results.json` and the report, and log one line with the scores."""
+    """Write `results.json`, class tables and the report; log one line with the scores."""
     with torch.compiler.set_stance("force_eager"):  # hooks do not work in compiled graphs
         costs = cost(module.net, data.input_size)
     measurements = score_fields(metrics, costs, data.settings.num_classes)
@@ -243,10 +243,11 @@ def _build_start(
 
 
 def _load_best_weights(module: QATModule, data: ImageData, trainer: Trainer) -> tuple[float, str]:
-    """Load the weights of the best checkpoint, or keep the final weights if none was saved.
+    """Load the weights of the best checkpoint, or keep the final weights if there is none.
 
     Returns:
-        Validation top-1 of these weights in percent, and the name of their file, or "final".
+        Validation top-1 of these weights in percent (NaN without validation), and the name of their
+        file, or "final".
     """
     name = "final"
     best_callback = _best_callback(trainer)

@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 
 _TIMEOUT = 60  # seconds
-# These options do not change results; do not add options such as -ffast-math, which do.
+# These options reorder only sums marked in the source; do not add, for example, -ffast-math.
 _FLAGS = (
     "-O3",
     "-fno-math-errno",
@@ -30,7 +30,7 @@ _EXTRAS = (("-march=native", "-fopenmp"), ("-march=native",), ("-fopenmp",), ())
 
 
 def load(source: str) -> ctypes.CDLL:
-    """Load a library from C++ source text, which is compiled once per machine and compiler.
+    """Load the library of C++ source text; compile the text unless the library is in the cache.
 
     Raises:
         OSError: there is no compiler, the compiler failed, or the library cannot be loaded.
@@ -88,7 +88,7 @@ def _cache_key(source: str, compiler: str) -> str:
 
 @functools.cache
 def _processor_features() -> str:
-    """Features of the processor, in which machines that share a home directory may differ."""
+    """Description of the processor, which may differ on machines that share a home directory."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -102,7 +102,7 @@ def _processor_features() -> str:
 def _cache_folder() -> Path | None:
     """The cache folder, whose files are executed; None unless only this user can write to it."""
     folder = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "qat"
-    if not folder.is_absolute():  # the user has no home directory
+    if not folder.is_absolute():  # no home directory, or XDG_CACHE_HOME is relative
         return None
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)

@@ -1,8 +1,8 @@
 """Write files, tables and JSON atomically, and read files of tensors with checks.
 
-Files are written under a temporary name, flushed to the disk and renamed. A file of tensors is read
-only if its checksums match and its values are within limits: their depth, their number and the size
-of weights. `qat/model/bounds.py` limits the model that such a file describes.
+Files are written under a temporary name, flushed to the disk and renamed. `read_torch` checks
+the checksums of a file of tensors and the number of its values, `check_bounds` their depth,
+`check_tensors` the size of weights, and `qat/model/bounds.py` the model that the file describes.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ _FOLDER_MARK = 0x10
 MAX_NESTING = 32
 # A byte of a file can contain at most this many numbers: four 2-bit codes.
 MAX_NUMBERS_PER_BYTE = 4
-# Constant tensors take no bytes, so a file may have this many numbers more than its size allows.
+# Tensors of equal numbers may be stored as one number, so a file may have this many more numbers
+# than its size allows.
 MAX_CONSTANT_NUMBERS = 2**26
 
 
@@ -49,11 +50,11 @@ def replace_atomically(
 
     Args:
         path: the file to write.
-        previous: name in the same folder for the old file, which is then not deleted. A complete
-            file exists at `path` at every moment.
+        previous: name in the same folder under which an old file is kept; None = it is deleted.
+            Until the new file is complete, the old file stays at `path`.
 
     Raises:
-        OSError: the file cannot be written; the error names `path`.
+        OSError: the file cannot be written.
         UsageError: `path` is a folder.
     """
     target = Path(path)
@@ -74,7 +75,7 @@ def replace_atomically(
 
 
 def check_not_folder(path: str | os.PathLike[str], setting: str = "path") -> None:
-    """Raise `UsageError` if the path for a file is that of an existing folder."""
+    """Raise `UsageError` if the path for a file is empty or leads to a folder."""
     if os.path.isdir(path or "."):
         raise UsageError(f"{setting}={str(path)!r}: must be a file, not a folder")
 
@@ -148,7 +149,7 @@ def csv_lines(rows: Iterable[Iterable[Any]]) -> str:
 
 
 def csv_cell(value: Any) -> Any:
-    """Make a cell of a table; an apostrophe keeps spreadsheets from reading text as a formula.
+    """Escape the text of a cell; an apostrophe keeps spreadsheets from reading it as a formula.
 
     Examples:
         >>> [csv_cell(value) for value in ("=1+1", "-0.5", -0.5, "cat")]
@@ -171,8 +172,8 @@ def csv_text(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def csv_rows(path: Path) -> list[dict[str, str]]:
-    """Read the rows of a CSV file as dicts; ignore an incomplete last line of a killed process."""
-    lines = io.StringIO(read_file(path).decode(), newline="")
+    """Read the rows of a CSV file as dicts; ignore a last line that a killed process cut off."""
+    lines = io.StringIO(read_file(path).decode(errors="replace"), newline="")
     return list(csv.DictReader(line for line in lines if line.endswith("\n")))
 
 
@@ -231,15 +232,18 @@ def read_torch(path: str | os.PathLike[str], *, map_location: Any = "cpu") -> An
     """Read plain data and tensors from a file; check its checksums, and execute nothing in it.
 
     Raises:
-        OSError: the file is damaged.
+        OSError: the file cannot be opened, is cut off, or `find_damage` finds damage.
         OverflowError: the file contains too many values.
         pickle.UnpicklingError: the file contains something other than plain data and tensors.
-        RuntimeError, EOFError: the file was not written by `torch.save`.
+        RuntimeError: the file was not written by `torch.save`.
     """
     damage = find_damage(path)
     if damage is not None:
         raise OSError(errno.EIO, f"the file is damaged: {damage}", str(path))
-    check_pickles(path)
+    try:
+        check_pickles(path)
+    except zipfile.BadZipFile as error:
+        raise OSError(errno.EIO, f"the file is damaged: {error}", str(path)) from error
     return torch.load(path, map_location=map_location, weights_only=True)
 
 
@@ -247,8 +251,8 @@ def find_damage(path: str | os.PathLike[str]) -> str | None:
     """Find damage in an archive of `torch.save`; torch itself does not compare checksums.
 
     Returns:
-        A description of the damage; None for an intact archive, and for files that are not
-        archives, which have no checksums.
+        A description of the damage; None for an intact archive, and for files without the
+        end of an archive, where the checksums are.
     """
     if not zipfile.is_zipfile(path):
         return None
@@ -287,7 +291,7 @@ def check_bounds(value: object) -> None:
     """Check that the nested dicts and lists of a file are within limits.
 
     Raises:
-        ValueError: the dicts and lists are nested deeper than `MAX_NESTING`, or contain more than
+        ValueError: a value is inside `MAX_NESTING` or more dicts and lists, or there are more than
             `MAX_VALUES` values; shared values count each time.
     """
     level = [value]
@@ -316,7 +320,8 @@ def check_tensors(tensors: Mapping[str, Tensor], origin: str, size: int) -> None
         size: size of the file in bytes.
 
     Raises:
-        UsageError: a weight is not a dense tensor of real numbers, or there are too many numbers.
+        UsageError: a weight is sparse, quantized, complex or on the meta device, or there are too
+            many numbers.
     """
     for name, tensor in tensors.items():
         kind = _unusable_kind(tensor)
@@ -335,7 +340,7 @@ def check_tensors(tensors: Mapping[str, Tensor], origin: str, size: int) -> None
 
 
 def _unusable_kind(tensor: Tensor) -> str | None:
-    """Kind of a tensor that is not dense and real. Returns None for a dense real tensor."""
+    """Description of a tensor that cannot be a weight; None for a usable tensor."""
     if tensor.is_meta:
         return "without values"
     if tensor.layout != torch.strided:

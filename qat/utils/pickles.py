@@ -14,8 +14,8 @@ from typing import IO, Any
 import torch
 
 MAX_VALUES = 10**6
-# Functions that a pickle may call. Those that torch allows too, but whose results may be far larger
-# than the file, are left out.
+# Functions that a pickle may call, besides those registered with torch. Functions that torch
+# allows but whose results may be far larger than the file are left out.
 _ALLOWED_CALLS = (
     "argparse.Namespace",
     "builtins.complex",
@@ -32,8 +32,8 @@ _ARCHIVE_START = b"PK\x03\x04"
 _LEGACY_PICKLES = 5  # pickles before the weights in a file of torch < 1.6
 _CALL_OPCODES = {"REDUCE", "NEWOBJ", "NEWOBJ_EX", "INST", "OBJ"}
 # Opcodes that leave their lowest input on the stack, such as those that add to a list, dict or set.
-# The additions do not count as values inside it. Shared values are costly only if a tuple that
-# contains them is hashed, which visits them each time; a list or dict is never hashed.
+# Added values do not count as values inside the list, dict or set: only hashing is slow if values
+# are shared, because it visits them each time, and these types are never hashed.
 _IN_PLACE_OPCODES = {
     "APPEND",
     "APPENDS",
@@ -50,8 +50,9 @@ def check_pickles(path: str | os.PathLike[str]) -> None:
     """Raise an error if reading pickles could cost far more than the size of their file suggests.
 
     Raises:
-        OverflowError: a pickle contains more than `MAX_VALUES` values.
+        OverflowError: a pickle contains more than about `MAX_VALUES` values.
         pickle.UnpicklingError: a pickle is damaged, or calls a function that no checkpoint needs.
+        zipfile.BadZipFile: the archive is damaged.
     """
     with contextlib.suppress(EOFError), open(path, "rb") as file:
         # Look at the start, as torch does: a file may begin as a pickle and end as an archive.
@@ -75,7 +76,7 @@ class _Slot:
 
     Attributes:
         name: name of a global, or content of a string; empty for other values.
-        values: number of values inside this value; shared values count each time.
+        values: number of values in this value, with itself; shared values count each time.
     """
 
     name: str = ""

@@ -34,7 +34,7 @@ def allow_unset_scales() -> Generator[None]:
 def zero_image(net: nn.Module, input_size: tuple[int, int, int]) -> Tensor:
     """Zeros (1, C, H, W), with the dtype and device of the net's first floating-point tensor.
 
-    Buffers are included, because a frozen net may have no parameters.
+    Buffers follow parameters, because a frozen net may have none. Without both: torch's defaults.
     """
     for tensor in itertools.chain(net.parameters(), net.buffers()):
         if tensor.is_floating_point():
@@ -57,7 +57,7 @@ def probing(net: nn.Module, hooks: Iterable[RemovableHandle]) -> Generator[None]
     finally:
         for module, mode in modes:
             module.training = mode
-            # LeViT and others cache biases computed from a parameter, which may change.
+            # LeViT and others cache biases in eval mode; later, their parameter may change.
             getattr(module, "attention_bias_cache", {}).clear()
         for handle in handles:
             handle.remove()

@@ -17,7 +17,7 @@ MAX_LINE_LENGTH = 1000  # characters
 
 
 def text_table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """A table as text, as wide as its cells.
+    """A table as text, as wide as its cells, up to `MAX_LINE_LENGTH`.
 
     The first column names the row. Other columns are aligned to the right if all of their cells
     start with a digit or `<`, or are None.

@@ -13,8 +13,8 @@ from typing import Any
 MISSING = "–"
 MAX_FILE_BYTES = 2**30  # bytes of one image, table or file of settings
 PREFIXES = ("", "k", "M", "G", "T", "P")
-# Control characters except line breaks and tabs, Unicode's line separators, marks that change the
-# direction of text, and the surrogates that Python uses for undecodable bytes in file names.
+# Control characters except line feeds and tabs, Unicode's line separators and explicit directional
+# formatting, and surrogates (Python's form of undecodable bytes in file names).
 _UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
@@ -41,7 +41,7 @@ def _escape(match: re.Match[str]) -> str:
 
 
 def format_si(value: float, unit: str = "") -> str:
-    """Format a number with three significant digits and an SI prefix, such as `190 kB`."""
+    """Format a number with up to three significant digits; from 1000 on, an SI prefix: `190 kB`."""
     value = float(f"{value:.3g}")  # 999,600 becomes 1 M
     power = 0
     if value >= 1:
@@ -60,8 +60,9 @@ def chance_level_remark(results: Mapping[str, Any]) -> str:
     """Remark on an accuracy that is hardly better than always predicting the most frequent class.
 
     Returns:
-        The remark, if the accuracy is at most two standard errors above the percentage of images in
-        the most frequent class. If the accuracy is higher, or a number is missing, an empty string.
+        The remark, if `top1` is at most two standard errors above `majority_share`, the percentage
+        of images in the most frequent class. If it is higher, `images` is 0 or a number is missing,
+        an empty string.
     """
     top1 = results.get("top1")
     images = results.get("images")
@@ -92,8 +93,8 @@ def read_file(path: str | os.PathLike[str]) -> bytes:
     """Read a file whose size is limited.
 
     Raises:
-        OSError: the file is missing, has more than `MAX_FILE_BYTES` bytes, or is a pipe or a
-            device, whose content might never end.
+        OSError: the file cannot be read, has more than `MAX_FILE_BYTES` bytes, or is not a regular
+            file (a pipe or a device might never end).
     """
     if not os.path.isfile(path) or os.path.getsize(path) > MAX_FILE_BYTES:
         raise OSError(f"No such file, or larger than {MAX_FILE_BYTES >> 30} GiB")

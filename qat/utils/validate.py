@@ -24,7 +24,7 @@ MAX_INT = 2**31 - 1
 MAX_FLOAT = sys.float_info.max
 # Maximum height and width of an image in pixels.
 MAX_IMAGE_SIDE = 2**14
-# With 0.1, an image is enlarged ten times before it is cropped.
+# With 0.1, an image is resized to ten times the input size before it is cropped.
 MIN_CROP = 0.1
 # VOLO uses 1.15, which adds a border around the image.
 MAX_CROP = 2
@@ -35,7 +35,7 @@ INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos")
 def unknown_message(
     setting: str, name: str, allowed: Iterable[str], elsewhere: Sequence[str] = ()
 ) -> str:
-    """Message about an unknown name, with the closest allowed names, or else all allowed names.
+    """Message about an unknown name, with the closest names, or else all allowed names.
 
     Args:
         setting: the setting as the message shows it, with group and value if they help.
@@ -174,7 +174,7 @@ def _is_between(value: Any, lowest: float, highest: float) -> bool:
 
 
 def check_images(origin: str, config: Mapping[str, Any]) -> None:
-    """Raise `UsageError` if a file describes an impossible preprocessing of images.
+    """Raise `UsageError` if a config describes impossible preprocessing of images.
 
     Args:
         origin: the file or argument, for the message.
@@ -207,10 +207,10 @@ def check_images(origin: str, config: Mapping[str, Any]) -> None:
 
 
 def check_bits(setting: str, bits: object, quantizer: str = "") -> None:
-    """Raise `UsageError` unless `bits` is a width that the quantizers can represent.
+    """Raise `UsageError` unless `bits` is a width that `quantizer` can represent.
 
-    The minimum is 2 bits, because StatsQ's grid of half steps would have three levels at 1 bit. The
-    maximum is 8 bits, because codes must fit in one byte.
+    Codes have at least 2 bits, because StatsQ's grid of half steps would have three levels at 1
+    bit, and at most 8 bits, because they must fit in one byte.
     """
     if quantizer == "float" and bits == FLOAT_BITS:
         return

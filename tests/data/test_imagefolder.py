@@ -110,6 +110,7 @@ def test_other_files_are_left_alone(tmp_path):
     (root / "train" / "ant" / ".hidden.png").write_text("a")
     (root / "train" / ".cache").mkdir()
     write_image(root / "train" / "ant" / "deeper" / "a.PNG", 12, 12)
+    write_image(root / "train" / "ant" / ".checkpoints" / "a.png", 12, 12)
     assert np.bincount(data(root).split("train").labels).tolist() == [21, 20]
 
 

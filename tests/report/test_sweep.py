@@ -181,6 +181,12 @@ def test_a_checkpoint_for_each_seed_splits_no_group(tmp_path):
     assert row["top-1 %"] == "91.00 ± 1.41"
 
 
+def test_a_number_that_is_not_the_seed_splits_groups(tmp_path):
+    for number in (2, 3):
+        job(tmp_path / str(number), "seed=0", f"model=seed{number}_net", seed=0, top1=90.0)
+    assert [row["model"] for row in group_rows(gather(tmp_path))] == ["seed2_net", "seed3_net"]
+
+
 def test_a_folder_without_runs_is_refused(tmp_path):
     with usage_error("sweep='.*nowhere': must be a folder with runs below it"):
         publish(tmp_path / "nowhere", report=False)

@@ -276,3 +276,13 @@ def test_photos_are_treated_as_the_checkpoint_s_model_wants(float_run, tmp_path)
     assert cfg.data.model is None
     choose_data(cfg, checkpoint)
     assert cfg.data.model == "vit_tiny_patch16_224"
+
+
+def test_photos_are_prepared_as_the_tag_of_the_weights_says(tmp_path):
+    net = timm.create_model(
+        "test_vit", pretrained_cfg_overlay={"crop_pct": 0.5, "mean": (0.1,) * 3}
+    )
+    qat.save(net, tmp_path / "net.ckpt")
+    cfg = compose("eval", "data=imagenet", f"data.root={tmp_path}", f"run_dir={tmp_path}/eval")
+    choose_data(cfg, read_checkpoint(tmp_path / "net.ckpt"))
+    assert (cfg.data.crop_pct, list(cfg.data.mean)) == (0.5, [0.1] * 3)

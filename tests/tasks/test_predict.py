@@ -217,3 +217,4 @@ def test_one_device_is_required_before_the_run_waits_for_others(
     assert "trainer.devices=2: predictions are made on one device; must be 1" in refused(
         compose("eval", *asked)
     )
+    assert not (tmp_path / "run" / "config.yaml").exists()

@@ -85,6 +85,8 @@ def test_reconstruction_goes_on_and_a_search_follows_the_float_net(tmp_path, flo
     files = [path for path in (tmp_path / "q").iterdir() if path.suffix in {".ckpt", ".csv"}]
     before = [path.read_bytes() for path in files]
     quantize(tmp_path / "q", float_run, *overrides, "overwrite=true", "trainer.fast_dev_run=true")
+    with usage_error(r"trainer\.fast_dev_run: resume='auto' would change .*; a dry run "):
+        quantize(tmp_path / "q", float_run, *overrides, "resume=auto", "trainer.fast_dev_run=true")
     assert [path.read_bytes() for path in files] == before, "a dry run keeps them"
 
 

@@ -17,6 +17,7 @@ import torch
 
 from qat.utils.files import (
     csv_lines,
+    csv_rows,
     csv_text,
     find_damage,
     json_text,
@@ -241,3 +242,16 @@ def test_a_cell_of_a_table_is_no_formula_and_takes_one_line(cell, written):
 )
 def test_numbers_that_json_has_not(value, expected):
     assert json.loads(json_text(value)) == expected
+
+
+def test_a_file_that_was_cut_off_is_damaged(tmp_path):
+    torch.save({"a": torch.ones(100)}, tmp_path / "a.ckpt")
+    content = (tmp_path / "a.ckpt").read_bytes()
+    (tmp_path / "a.ckpt").write_bytes(content[: len(content) // 2])
+    with pytest.raises(OSError, match=r"the file is damaged.*a\.ckpt"):
+        read_torch(tmp_path / "a.ckpt")
+
+
+def test_a_line_that_ends_within_a_character_does_not_count(tmp_path):
+    (tmp_path / "a.csv").write_bytes("a,b\n1,2\n3,\u00e9".encode()[:-1])
+    assert csv_rows(tmp_path / "a.csv") == [{"a": "1", "b": "2"}]
