@@ -73,13 +73,10 @@ class QuantSpec:
         axis: dimension along which scales differ; None = one scale for the tensor. For
             `BLOCK_FLOATS`, the dimension along which blocks extend; None = channels (B, C, H, W).
         offsets: learnable offsets around the quantizer: none, before it, or both before and after.
-        offset_ndim: number of trailing dimensions along which an offset varies (1 = channels, 2 = a
-            map over pixels).
+        offset_ndim: number of dimensions of an offset: 1 = channels, 2 = a map over pixels.
         offset_init: see `QuantRecipe`.
-        map_scales: scales of a feature map (B, H, W, C): `tensor` = one scale, `column` = scales
-            along `axis`.
-        step_init: initial value of a learned step size: `lsq` = as in the LSQ paper; `mse` = the
-            step size with the least squared error.
+        map_scales: see `QuantRecipe`; `column` = scales along `axis`.
+        step_init: see `QuantRecipe`.
         steps: how step sizes are learned: `relative` to their initial value, or `absolute`.
         observer: method by which post-training quantization chooses the range.
         bias_correction: True = every row of a fake-quantized weight keeps the mean and the standard

@@ -108,7 +108,8 @@ class QatQuantizer(HfQuantizer):
             # With this mark, Transformers would not fill buffers that files do not store.
             vars(module).pop("_is_hf_initialized", None)
         vars(model).update(vars(twin.to("meta")))
-        save_in_new_format(model)  # replaces the method that is bound to the second model
+        # The copied `save_pretrained` would save the second model.
+        save_in_new_format(model)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
         config = self.quantization_config

@@ -65,8 +65,8 @@ class QuantizedTensor(_CodeTensor):
     """Tensor with the value (codes + shift) * scale + after.
 
     Attributes:
-        codes: in the first run the quantizer's input, in place of codes; in the second run int8 or
-            uint8, before `zero` is subtracted.
+        codes: in the first run the quantizer's input, in place of codes; in the second run the sum
+            of codes and `zero`, int8 or uint8.
         scale, shift, after: tensors of the shape of `codes`, expanded if values repeat; None in the
             second run. `after` is also None if it is 0.
         name: name of the quantizer.

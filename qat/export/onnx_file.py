@@ -228,6 +228,12 @@ def write_onnx(
             (None = unknown, for example for images that are not square).
         images: (B, C, H, W) each.
         settings: settings of the file.
+
+    Returns:
+        The comparison; `CheckResult.problem` is set if the file disagrees with the model.
+
+    Raises:
+        UsageError: see `to_onnx` and `check_onnx`.
     """
     import onnx  # noqa: PLC0415  (an extra)
 

@@ -224,7 +224,7 @@ def quantiles(rows: Tensor, *qs: float) -> Tensor:
     last_rank = rows.shape[1] - 1
     if last_rank < MAX_QUANTILE_VALUES:
         return torch.quantile(rows, rows.new_tensor(qs), dim=1)
-    # Sort, as torch.quantile does: kthvalue takes quadratic time for rows that are already sorted.
+    # Sort, as torch.quantile does: one sort serves all quantiles and the check for NaN.
     sorted_rows = rows.sort(dim=1).values
     results = []
     for q in qs:

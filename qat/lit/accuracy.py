@@ -1,4 +1,4 @@
-"""Accuracy and mean loss of any function from images to logits, without a trainer."""
+"""Accuracy and mean loss: metrics for a trainer, and `evaluate`, which needs no trainer."""
 
 from __future__ import annotations
 

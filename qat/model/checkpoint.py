@@ -126,7 +126,7 @@ def _read_file(path: Path, origin: str) -> Any:
     except UsageError:
         raise
     except Exception as error:
-        # Replace torch's own message, which advises `weights_only=False`.
+        # Replace torch's own message, which advises to allow code.
         reason: object = (
             "damaged, or contains more than tensors and plain data; save only the state_dict()"
         )

@@ -95,7 +95,7 @@ class _Packer:
                 self._widths[f"{name}.stored"] = module.spec.bits
 
     def add(self, name: str, tensor: Tensor) -> None:
-        """Add one tensor of the state dict, but of blocks of floats only the index entry."""
+        """Add one tensor of the state dict; for blocks of floats, add only the index entry."""
         owner, _, last_part = name.rpartition(".")
         shape = list(tensor.shape)
         if owner in self.blocks:

@@ -37,11 +37,12 @@ def constructor_of(net: nn.Module) -> tuple[str, dict[str, Any]] | None:
 
 def without_origin(config: Mapping[str, Any]) -> dict[str, Any]:
     """Copy a config and its nested configs without `_name_or_path`, which may be a local folder."""
-    return {
-        key: without_origin(value) if isinstance(value, Mapping) else value
-        for key, value in config.items()
-        if key != "_name_or_path"
-    }
+    settings = dict(config)
+    settings.pop("_name_or_path", None)
+    for key, value in settings.items():
+        if isinstance(value, Mapping):
+            settings[key] = without_origin(value)
+    return settings
 
 
 @register_model

@@ -76,8 +76,8 @@ def check_run_dir(cfg: DictConfig) -> None:
     """Check that a run can begin or be resumed in the run directory.
 
     Raises:
-        UsageError: with `resume=true`, there is nothing to resume; or the directory belongs to
-            another run, without `overwrite`.
+        UsageError: with `resume=true`, there is nothing to resume; a dry run would change the
+            directory; or it belongs to another run, without `overwrite`.
     """
     run_dir = Path(cfg.run_dir)
     if cfg.resume is True and _state_file(run_dir) is None:

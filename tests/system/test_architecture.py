@@ -173,7 +173,7 @@ def test_forbidden_phrases(pattern, reason):
 # Tokens of code by folder, at most. A feature enters with an exit of the same size, or with a commit that says why it rises.
 BUDGETS = {
     "evidence": 40300,
-    "qat": 199000,
+    "qat": 200000,
     "qat/analysis": 12600,
     "qat/callbacks": 7700,
     "qat/cli": 5200,
@@ -184,14 +184,14 @@ BUDGETS = {
     "qat/launch": 3800,
     "qat/lit": 7950,
     "qat/losses": 1970,
-    "qat/model": 26450,
-    "qat/nn": 14800,
+    "qat/model": 26600,
+    "qat/nn": 14950,
     "qat/ptq": 9700,
     "qat/quantizers": 7750,
-    "qat/report": 5350,
-    "qat/tasks": 26900,
-    "qat/utils": 5560,
-    "tests": 258700,
+    "qat/report": 5400,
+    "qat/tasks": 27000,
+    "qat/utils": 5600,
+    "tests": 260300,
 }
 LAYOUT = {
     tokenize.COMMENT,
