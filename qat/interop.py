@@ -102,7 +102,7 @@ def load_ofq_checkpoint(
     Raises:
         UsageError: the file cannot be read or is not such a checkpoint; a tensor is missing,
             unknown, not finite or has the wrong shape; neither the file nor `bits` states the bits;
-            or an argument contradicts the file.
+            the model was not trained with GELU; or an argument contradicts the file.
     """
     return net_from_ofq(read_checkpoint(path, fmt="ofq"), model, bits, act_bits, qkr=qkr).net
 

@@ -79,7 +79,7 @@ class CostAnalysis(Analysis):
 def _float_cost(studied_net: StudiedNet) -> Row:
     """Cost of the model without quantization.
 
-    The result is empty if the model is float, or does not record how timm built it.
+    The result is empty if the model is float, or if its float version cannot be built.
     """
     if conversion_of(studied_net.net) is None:
         return {}

@@ -48,8 +48,8 @@ def requantize(
         steps_from: `own` computes step sizes by the quantizer's rule, and keeps the current step
             sizes if the bits do not change. `mse` shrinks the range of each slice until the squared
             error is smallest; grids with half steps still use the quantizer's rule.
-        resize: function that maps these step sizes to other ones; None = no change. The range of
-            codes does not change, so values outside the range are clamped, as in deployment.
+        resize: function that maps the step sizes of `steps_from` to others; None = no change. The
+            range of codes is kept, so values outside the range are clamped, as in deployment.
 
     Returns:
         The fake-quantized weight, with the shape and dtype of `weight`.

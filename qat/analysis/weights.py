@@ -196,7 +196,7 @@ def _summarize(rows: Sequence[Row]) -> Row:
 
 
 def _spread(images: ImageSet) -> Tensor:
-    """At most `ACTIVATION_IMAGES` images (B, C, H, W), because those of a class may be adjacent."""
+    """Up to 128 images (B, C, H, W), evenly spaced, because those of a class may be adjacent."""
     batch = torch.cat([batch for batch, _ in images.batches])
     count = min(ACTIVATION_IMAGES, len(batch))
     return batch[[i * len(batch) // count for i in range(count)]]

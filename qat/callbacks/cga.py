@@ -191,7 +191,7 @@ class CGA(Callback):
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
-        """While annealing, zero the gradients of frozen entries, and save the weights.
+        """While annealing, zero the gradients of frozen entries, and copy the weights.
 
         Gradients are complete here; Lightning clips them later.
         """

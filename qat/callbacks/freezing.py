@@ -42,8 +42,8 @@ class IterativeFreezing(Callback):
     Args:
         threshold: oscillation frequency above which a weight is frozen, at the start of the run;
             above 0, below 1.
-        final_threshold: threshold at the planned end of the run, above 0, below 1; from twice
-            `momentum` on, only repeated flips exceed it.
+        final_threshold: threshold at the planned end of the run, above 0, below 1; at twice
+            `momentum` or more, only repeated flips exceed it.
         momentum: weight of one step in the frequency and in the mean code.
 
     Raises:

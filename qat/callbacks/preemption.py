@@ -70,11 +70,11 @@ class Preemption(Checkpoint):
         self._raise_if_signal(trainer)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """After a signal, stop here, where an earlier epoch is already saved and logged."""
+        """After a signal, stop here, where all earlier epochs are already saved and logged."""
         self._stop_if_any_signal(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """After a signal, stop before the evaluation; else later ones raise `Preempted` at once."""
+        """After a signal, stop before the evaluation; a later signal raises `Preempted` at once."""
         self._stop_if_any_signal(trainer)
         signals.defer(on=False)
 

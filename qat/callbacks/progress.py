@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import logging
+import math
 import time
 from typing import Any
 
@@ -112,6 +113,8 @@ class EpochLog(Callback):
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, StepLimit):
                 last_step = min(last_step, callback.steps)
+        if math.isinf(last_step):  # no end is planned
+            last_step = trainer.global_step
         seconds_per_step = seconds / max(trainer.global_step - self._first_step, 1)
         seconds_left = round(seconds_per_step * max(last_step - trainer.global_step, 0))
         log.info(

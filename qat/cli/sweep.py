@@ -40,7 +40,7 @@ failures: list[str] = []
 
 
 class SweepCallback(Callback):
-    """Locks directories, and records errors of a sweep's jobs; other processes get copies."""
+    """Locks directories, and records errors of jobs; jobs in other processes have copies of it."""
 
     def __init__(self) -> None:
         self.folder = ""  # directory of the sweep
@@ -148,7 +148,7 @@ def summarize() -> None:
 
 
 def gather_sweep(cfg: DictConfig) -> None:
-    """Print the results of the jobs below `cfg.sweep`; write their table and, if set, the page.
+    """Print the results of the jobs below `cfg.sweep`; write a table and, if `report`, a page.
 
     This is `analyze.py sweep=DIR`.
 

@@ -427,7 +427,7 @@ class EncodedImageData(ImageData):
     def complete(cls, settings: Mapping[str, Any]) -> DataSettings:
         """Fill in preprocessing settings that are None: values of `model`, or else of ImageNet.
 
-        For one channel, colours are averaged.
+        For one channel, `mean` and `std` from these sources are averages over the colours.
 
         Raises:
             UsageError: a setting is unknown or missing, or has an invalid value.

@@ -103,8 +103,8 @@ def _find_column(
 class HfParquet(EncodedImageData):
     """Images in `train*.parquet`, `val*.parquet` and `test*.parquet` below `root`.
 
-    All files are read into memory. If there is no val, a fixed tenth of train is held out. If there
-    is no test, or all labels of test are -1 (not published), val is evaluated.
+    The encoded images of all splits are kept in memory. If there is no val, a fixed tenth of train
+    is held out. If there is no test, or all its labels are -1 (not published), val is evaluated.
     """
 
     def encoded(self) -> dict[str, ParquetImages]:

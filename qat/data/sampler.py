@@ -1,4 +1,4 @@
-"""Order and random draws that depend only on given numbers, and a loader that can resume."""
+"""Order and random draws seeded by numbers such as the epoch, and a loader that can resume."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ class ResumableLoader(DataLoader):
     never. `__iter__` is a generator, so its body runs only after Lightning has set the epoch.
 
     Args:
-        args: arguments of `DataLoader`; of samplers, only `SeededSampler` skips images.
+        args: arguments of `DataLoader`; a resumed run needs a `SeededSampler` to skip images.
         options: arguments of `DataLoader`, by name.
     """
 

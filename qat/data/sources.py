@@ -227,7 +227,7 @@ ImageSource = ImageArrays | EncodedImages
 def load(encoded: EncodedImages, memory_mb: float = math.inf) -> ImageSource:
     """Decode all images into memory if they have the same size and fit in `memory_mb`.
 
-    Otherwise, return `encoded` itself. Raises `ImageError` if an image cannot be decoded.
+    Otherwise, return `encoded` itself. Raises `ImageError` if `encoded[i]` does.
     """
     images: list[NDArray[np.uint8]] = []
     # `encoded[i]` may return the next image instead of a damaged one, so use the label it returns.

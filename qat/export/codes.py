@@ -70,7 +70,7 @@ class QuantizedTensor(_CodeTensor):
         scale, shift, after: tensors of the shape of `codes`, expanded if values repeat; None in the
             second run. `after` is also None if it is 0.
         name: name of the quantizer.
-        zero: the 8-bit code that products subtract, see `plan.integer_zero_point`.
+        zero: 8-bit code that products subtract: `plan.integer_zero_point` plus `plan.code_offset`.
         graph: computes numbers and products: `plan.Planner` in the first run, `write.Writer` in the
             second.
     """

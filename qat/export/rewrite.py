@@ -190,7 +190,7 @@ def separate_divisions(model: ir.Model) -> None:
 
 
 def _can_move_past(node: ir.Node) -> bool:
-    """True for `_PASSED_OPERATORS`, and for Mul and Add with a constant of four dimensions.
+    """True if QuantizeLinear may move past: `_PASSED_OPERATORS`; Mul, Add with 4-D constants.
 
     A frozen batch norm consists of such a Mul and Add, with constants (1, C, 1, 1).
     """

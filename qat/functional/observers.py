@@ -1,6 +1,6 @@
 """Affine scales from data.
 
-Every batch extends the ends of a range, or enters their average. Some methods then try candidates
+Every batch updates a range: the ends are extended or averaged. Some methods then try candidates
 for the scale on the last batch.
 
 Source: FQ-ViT (arXiv 2111.13824), as implemented in Evol-Q's code (arXiv 2308.10814).

@@ -38,7 +38,7 @@ def fold_qk(wq: Tensor, wk: Tensor, num_heads: int) -> Tensor:
 
 
 def fold_q_bias(wk: Tensor, q_bias: Tensor, num_heads: int) -> Tensor:
-    """Fold the query bias into c_h = Wk_h^T b_q,h; scores of the key of token x grow by c_h . x.
+    """Fold the query bias into c_h = Wk_h^T b_q,h, which adds c_h . x to scores of token x's key.
 
     Args:
         wk: (h*d, C), rows grouped by head.

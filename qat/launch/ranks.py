@@ -95,7 +95,7 @@ def processes_to_start(trainer: Mapping[str, Any]) -> int:
 def local_processes(trainer: Mapping[str, Any]) -> int:
     """Number of processes that `trainer.devices` asks for on this machine.
 
-    The number is 1 if Lightning cannot interpret a setting such as `auto` or -1.
+    Lightning interprets settings such as `auto` or -1; if it refuses them, the number is 1.
     """
     devices = trainer.get("devices", 1)
     if isinstance(devices, Sequence) and not isinstance(devices, str):

@@ -60,8 +60,8 @@ def check_processes(trainer: Mapping[str, Any]) -> None:
     also sets the address at which the processes connect, if it is unset.
 
     Raises:
-        UsageError: the numbers differ or are unknown, or srun did not start this process in a batch
-            job of several tasks.
+        UsageError: the numbers differ or are unknown; or in a batch job of several tasks, srun did
+            not start this process.
     """
     if "SLURM_JOB_ID" not in os.environ or "TORCHELASTIC_RUN_ID" in os.environ:
         return

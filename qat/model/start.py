@@ -272,7 +272,7 @@ def from_state(
 def _replace_heads(
     state: dict[str, Tensor], own_state: Mapping[str, Tensor], classifier: str | Sequence[str]
 ) -> tuple[dict[str, Tensor], list[str], str]:
-    """Replace each head that is missing or has another class count; remove it for no classes.
+    """Replace each head that is missing or has another class count; with num_classes=0, remove it.
 
     Returns:
         The new state; a note for each new head; and a description of the difference, or "".

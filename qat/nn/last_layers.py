@@ -37,7 +37,7 @@ def named_outputs(out: object) -> dict[str, Tensor]:
 
 
 def last_layers(net: nn.Module, models: list[Any], image: Tensor) -> frozenset[nn.Module]:
-    """Linears and `Conv2d` layers whose output reaches a prediction without another one between.
+    """Linears and `Conv2d`s whose output reaches a prediction without passing through another one.
 
     These are classifiers, the last layers of box and mask predictors, and projections of
     embeddings. Outputs in `_FEATURES` do not count, so an encoder has no such layers.

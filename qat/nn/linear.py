@@ -60,7 +60,7 @@ def swap_linear(module: nn.Linear, context: SwapContext) -> Swap:
 
 @register_swap(timm_layers.Mlp, "linear")
 def swap_mlp(module: nn.Module, context: SwapContext) -> Swap:
-    """Keep an `Mlp`, and mark the input of `fc2` as unsigned if a `NEARLY_POSITIVE` act outputs it.
+    """Keep an `Mlp`, and mark the input of `fc2` as unsigned if it comes from `NEARLY_POSITIVE`.
 
     Checkpoints from versions without `ActivationTracer` depend on this mark (`signs="mlp"`, see
     `qat.model.convert.Conversion`).

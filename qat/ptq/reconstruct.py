@@ -291,8 +291,8 @@ def _train(
 ) -> None:
     """Run all training steps.
 
-    A step size is its initial value times exp(c), but at least `MIN_SCALE`. c, the log
-    change, is learned.
+    A step size is its initial value times exp(c), but at least `MIN_SCALE`. The log change c is
+    learned.
     """
     initial_scales = [quantizer.scale.clone() for quantizer in scale_quantizers]
     log_changes = [

@@ -256,7 +256,7 @@ class Runner:
         return [module for module in returned_before if module in self.order.called_once]
 
     def _needed_outputs(self, name: str) -> list[str]:
-        """Modules before the entry of `name` whose outputs must be cached, unlike their inputs."""
+        """Modules before the entry of `name` that cannot return their input; cache their output."""
         needed = []
         for module in self._modules_before(name):
             can_return_input = module in self.entries and module in self.order.shape_preserving

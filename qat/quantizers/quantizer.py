@@ -120,7 +120,7 @@ class Quantizer(nn.Module, ABC):
             self.axis = None
 
     def share_scale(self) -> None:
-        """Use one scale, for a tensor whose size along the axis varies; then call `allocate`."""
+        """Use one scale, for a tensor whose size along the axis varies. `allocate` must follow."""
         self.axis = None
 
     def calibrate(self, x: Tensor, state: dict[str, Any]) -> None:

@@ -54,8 +54,8 @@ def _resolve_hub_model(cfg: DictConfig) -> None:
     """Apply the settings implied by a model on the hub, or by a folder of Transformers.
 
     A model that is not cached is downloaded. For a model that qat saved, `ckpt` is set; for a model
-    of timm or Transformers, architecture and arguments are set, and weights and preprocessing where
-    the settings leave them open.
+    of timm or Transformers, architecture and arguments are set; weights only with
+    `model.pretrained`, and preprocessing only where it is null.
 
     Raises:
         UsageError: the model cannot be fetched or used, or another setting contradicts the model.

@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 
 _TIMEOUT = 60  # seconds
-# These options reorder only sums marked in the source; do not add, for example, -ffast-math.
+# These options reorder only sums marked in the source; -ffast-math would change other results.
 _FLAGS = (
     "-O3",
     "-fno-math-errno",

@@ -195,6 +195,10 @@ def test_a_folder_without_runs_is_refused(tmp_path):
 def test_a_table_of_several_runs(folder, capsys):
     job(folder / "seed1" / "fp", quant="fp", recipe=None, seed=1, top1=95.0)
     job(folder / "seed2" / "fp", quant="fp", recipe=None, seed=2, top1=97.0)
+    for seed, top1 in ((1, 91.0), (2, 92.0)):
+        job(folder / f"seq_seed{seed}", quant="seq_2bit", seed=seed, top1=top1)
+    assert main([str(folder / "seq_seed1"), str(folder / "seq_seed2")]) == 0
+    assert cells(capsys.readouterr().out)[0][2] == "91.50 ± 0.71"
     job(folder / "bad", quant="lsq_2bit", error="boom")
     assert main([str(folder / name) for name in ("0", "seed1/fp", "seed2/fp", "bad")]) == 0
     rows = [row[:3] for row in cells(capsys.readouterr().out)]

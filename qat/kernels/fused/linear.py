@@ -52,7 +52,7 @@ def _unflatten(args: Any) -> _Inputs:
 
 
 class _LsqLinear(torch.autograd.Function):
-    """LSQ and a Linear; backward quantizes the input again, outside CUDA often also the weight."""
+    """LSQ and a Linear; backward quantizes the input and, often outside CUDA, the weight again."""
 
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Tensor:
