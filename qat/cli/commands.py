@@ -103,10 +103,9 @@ def run(name: str) -> int:
     job.__module__ = name  # Hydra's name for the job
     os.environ[FULL_ERROR] = "1"  # lets Hydra raise errors instead of printing them
     arguments = sys.argv[1:]
-    command = [*_program(name), *arguments]
     try:
         refuse_flags(arguments, name)
-        # Settings may be added to the end of the command.
+        # Put settings last, so that more can be added to the end of the command.
         overrides = get_args_parser().parse_args(arguments).overrides
         arguments = [word for word in arguments if word not in overrides] + overrides
         command = [*_program(name), *arguments]

@@ -264,8 +264,8 @@ def compare(
         if not equals_graph:
             agreement.num_unexplained += 1
         if agreement.problem is None:
-            expected_codes = outputs_and_codes(net, images[i])
-            agreement.problem = _first_difference(expected_codes, graph_result)
+            expected_result = outputs_and_codes(net, images[i])
+            agreement.problem = _first_difference(expected_result, graph_result)
     # Extrapolate from the examined images to all images whose outputs differ.
     extrapolated = agreement.num_unexplained * len(differing_images) / len(examined_images)
     if agreement.problem is None and extrapolated > MAX_UNEXPLAINED * len(images):

@@ -130,7 +130,8 @@ class Writer(nn.Module):
                 continue
             is_predivided = quantizer in planner.predivided
             # QuantizeLinear takes twelve times as long with a step size per token as with one step
-            # size.
+            # size, and a zero point must be added before it rounds. In both cases, `activation`
+            # multiplies by the inverse scales instead, and the step size is 1.
             has_one_scale = quantizer.scale.numel() == 1
             has_step = has_one_scale and quantizer.zero_point is None and not is_predivided
             step = quantizer.scale.reshape(()) if has_step else torch.ones(())

@@ -45,15 +45,15 @@ class SizeLimit(TorchDispatchMode):
 
     Args:
         weights: tensors by name; only their shapes matter.
-        subject: first words of the error message.
+        beginning: first words of the error message.
     """
 
     def __init__(
-        self, weights: Mapping[str, Tensor], subject: str = "the model is much larger than"
+        self, weights: Mapping[str, Tensor], beginning: str = "the model is much larger than"
     ) -> None:
         super().__init__()
         numbers = SIZE_FACTOR * sum(tensor.numel() for tensor in weights.values())
-        self.message = f"{subject} the weights of the file"
+        self.message = f"{beginning} the weights of the file"
         self.tensors_left = SIZE_FACTOR * len(weights) + SPARE_TENSORS
         self.numbers_left = numbers + SPARE_NUMBERS
         self.max_computed = numbers + SPARE_COMPUTED

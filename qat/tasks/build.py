@@ -281,12 +281,12 @@ def quantize(
     assert_ready(start.net)
     if copied_names and not missing_names:
         return [*notes, f"scales of all {len(copied_names)} quantizers copied"]
-    counts = ""
+    scales = "scales"
     if copied_names:
         names = ", ".join(missing_names)
-        counts = f"of {len(copied_names)} quantizers copied, of {len(missing_names)} ({names}) "
+        scales += f" of {len(copied_names)} quantizers copied, of {len(missing_names)} ({names})"
     num_images = sum(map(len, batches))
-    return [*notes, f"scales {counts}initialized from {num_images} training images"]
+    return [*notes, f"{scales} initialized from {num_images} training images"]
 
 
 def build_loss(cfg: DictConfig) -> CompositeLoss:

@@ -161,9 +161,9 @@ def check_writers(name: str, callback: Callback, writers: dict[Path, str]) -> No
     filenames = []
     if isinstance(callback, LastCheckpoint) or getattr(callback, "save_last", False):
         filenames.append(LAST_FILE)
-    filename = getattr(callback, "filename", None)
-    if filename and "{" not in filename:
-        filenames.append(f"{filename}.ckpt")
+    pattern = getattr(callback, "filename", None)
+    if pattern and "{" not in pattern:
+        filenames.append(f"{pattern}.ckpt")
     for filename in filenames:
         path = Path(getattr(callback, "dirpath", None) or "") / filename
         if path in writers:

@@ -360,10 +360,10 @@ def _to_text(value: Any) -> str:
     if isinstance(value, list):
         return ", ".join(value)
     if isinstance(value, dict):
-        is_nested = any(isinstance(inner, dict) for inner in value.values())
-        separator = "; " if is_nested else ", "
-        colon = ": " if is_nested else " "
-        return separator.join(f"{key}{colon}{_to_text(inner)}" for key, inner in value.items())
+        texts = {key: _to_text(inner) for key, inner in value.items()}
+        if any(isinstance(inner, dict) for inner in value.values()):
+            return "; ".join(f"{key}: {text}" for key, text in texts.items())
+        return ", ".join(f"{key} {text}" for key, text in texts.items())
     if value is None:
         return "not measured"
     if isinstance(value, bool):

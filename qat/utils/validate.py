@@ -143,9 +143,9 @@ def check_globs(setting: str, value: object, example: str) -> tuple[str, ...]:
     """
     globs = [value] if isinstance(value, str) else value
     is_list = isinstance(globs, list | tuple) and len(globs) > 0
-    if not is_list or not all(isinstance(glob, str) and glob for glob in cast(list, globs)):
-        raise UsageError(f"{setting}={value!r}: must be a list of globs such as {example}")
-    return tuple(cast(list[str], globs))
+    if is_list and all(isinstance(glob, str) and glob for glob in cast(list, globs)):
+        return tuple(cast(list[str], globs))
+    raise UsageError(f"{setting}={value!r}: must be a list of globs such as {example}")
 
 
 def check_channels(setting: str, values: Any, chans: int | None, lowest: float = -math.inf) -> None:
