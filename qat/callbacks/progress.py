@@ -110,6 +110,8 @@ class EpochLog(Callback):
         param_group = trainer.optimizers[0].param_groups[0]
         seconds = time.monotonic() - self._start
         last_step = trainer.estimated_stepping_batches
+        if last_step < 0:  # the loader has no length
+            last_step = trainer.global_step / epoch * (trainer.max_epochs or epoch)
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, StepLimit):
                 last_step = min(last_step, callback.steps)

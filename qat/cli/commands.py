@@ -106,8 +106,10 @@ def run(name: str) -> int:
     try:
         refuse_flags(arguments, name)
         # Put settings last, so that more can be added to the end of the command.
-        overrides = get_args_parser().parse_args(arguments).overrides
-        arguments = [word for word in arguments if word not in overrides] + overrides
+        parsed = get_args_parser().parse_args(arguments)
+        if parsed.info is None:  # the value of --info may be left out
+            options = [word for word in arguments if word not in parsed.overrides]
+            arguments = [*options, *parsed.overrides]
         command = [*_program(name), *arguments]
         sys.argv[1:] = to_hydra(arguments)
         try:

@@ -101,10 +101,12 @@ def _our_name(setting: str, command: str) -> str:
     """Our name of a setting, found by its full name or its name in the group; "" if unknown."""
     group, _, last_part = setting.rpartition(".")
     name = OUR_NAMES.get(setting) or OUR_NAMES.get(last_part, "")
-    if command == "ptq" and name.startswith("quant."):
-        name = name.replace("quant.", "ptq.")
-    is_named = setting in OUR_NAMES or name.partition(".")[0] == group
-    return name if is_named else ""
+    own_group, _, knob = name.partition(".")
+    if setting not in OUR_NAMES and group != own_group and (group, own_group) != ("ptq", "quant"):
+        return ""
+    if command != "train" and own_group in {"quant", "optimizer"}:
+        return f"ptq.{knob}" if command == "ptq" and own_group == "quant" else ""
+    return name
 
 
 def _suggest_recipes(group: str, value: str) -> str | None:

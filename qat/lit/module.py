@@ -444,9 +444,10 @@ def steps_per_epoch(trainer: Trainer) -> int:
             return max(math.ceil(batches / trainer.accumulate_grad_batches), 1)
         return max(int(trainer.estimated_stepping_batches) // max(trainer.max_epochs or 1, 1), 1)
     limit = trainer.limit_train_batches
+    loader = datamodule.train_dataloader()
     try:
-        batches = len(datamodule.train_dataloader())
-    except TypeError as error:
+        batches = len(loader)
+    except (TypeError, NotImplementedError) as error:
         if not isinstance(limit, int):
             raise UsageError(no_length) from error
         batches = limit

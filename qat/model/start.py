@@ -282,8 +282,13 @@ def _replace_heads(
     names = [classifier] if isinstance(classifier, str) else classifier
     for name in names:
         if f"{name}.weight" not in own_state:  # num_classes=0
-            head = {f"{name}.weight", f"{name}.bias"}
-            state = {key: tensor for key, tensor in state.items() if key not in head}
+            # A head such as LeViT's has a norm, too.
+            parent = name.rpartition(".")[0] or name
+            state = {
+                key: tensor
+                for key, tensor in state.items()
+                if key in own_state or not key.startswith(f"{parent}.")
+            }
             continue
         num_classes = own_state[f"{name}.weight"].shape[0]
         weight = state.get(f"{name}.weight")

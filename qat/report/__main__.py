@@ -42,7 +42,7 @@ def main(run_dirs: list[str]) -> int:
     rows = []
     for _, group in group_jobs(runs):
         bits = bits_of(group[0].get("recipe")) or "W32 A32"
-        if group[0]["status"] == "failed":
+        if all(run["status"] == "failed" for run in group):
             bits = "failed"
         row = {"recipe": str(group[0].get("quant")), "bits": bits}
         for name in measures:

@@ -134,7 +134,7 @@ def group_jobs(jobs: Sequence[Row]) -> list[tuple[dict[str, str], list[Row]]]:
     groups: dict[tuple[str, ...], list[Row]] = {}
     for job in jobs:
         texts = []
-        seed = job.get(SETTING_PREFIX + "seed", job.get("seed", MISSING))
+        seed = re.escape(str(job.get(SETTING_PREFIX + "seed", job.get("seed", MISSING))))
         for name in names:
             text = str(job.get(SETTING_PREFIX + name, MISSING))
             # The path of the checkpoint that a job starts from may contain the seed of the job.

@@ -88,7 +88,7 @@ def check_run_dir(cfg: DictConfig) -> None:
     if cfg.resume and cfg.trainer.fast_dev_run and outputs.used_files(run_dir):
         raise UsageError(
             f"trainer.fast_dev_run: resume={cfg.resume!r} would change {str(run_dir)!r}; "
-            "a dry run must have resume=false"
+            "a dry run must have resume=false and another run_dir"
         )
     if cfg.overwrite:
         return

@@ -161,7 +161,8 @@ def _check_model(
     if recipe.name != "fp":
         own_recipe = recipe.to_dict()
     changed_names = []
-    for key in sorted(stored_recipe.keys() | own_recipe.keys()):
+    # Offsets are read from the checkpoint, so their initial values do not count.
+    for key in sorted((stored_recipe.keys() | own_recipe.keys()) - {"offset_init"}):
         if stored_recipe.get(key) != own_recipe.get(key):
             changed_names.append(key)
     if changed_names:

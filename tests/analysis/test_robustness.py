@@ -91,6 +91,7 @@ def test_a_float_net_has_widths_alone():
     assert found["widths"]["float"] == found["top1"]
 
 
+@pytest.mark.long
 @pytest.mark.sample(1)
 @pytest.mark.parametrize("scales", ["channel", "tensor"])
 @torch.no_grad()

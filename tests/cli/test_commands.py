@@ -206,9 +206,10 @@ def test_an_argument_that_is_right_needs_no_correction():
     assert corrections.suggest_correction(given, "train") is None
 
 
-@pytest.mark.parametrize("name", ["bits", "w_bits", "ptq.w_bits"])
+@pytest.mark.parametrize("name", ["bits", "w_bits", "ptq.w_bits", "quant.bits"])
 def test_corrections_of_ptq_name_its_own_settings(name):
     assert corrections.suggest_correction([f"{name}=4"], "ptq") == f"{name}=4: must be ptq.bits=4"
+    assert corrections.suggest_correction([f"{name}=4"], "eval") is None
 
 
 @pytest.mark.sample(1)

@@ -85,6 +85,7 @@ def test_a_file_gives_the_answers_of_the_net(name, tmp_path):
     assert_agrees(made((RECIPES | DEPLOY)[name]), tmp_path / "net.onnx", tiny.images(32, 1))
 
 
+@pytest.mark.long
 def test_a_graph_may_end_in_a_mean_over_the_tokens(tmp_path):
     net = tiny.vit(num_classes=0, global_pool="avg", fc_norm=False)
     assert_agrees(

@@ -5,6 +5,7 @@ import torch
 
 import qat
 from tests.errors import usage_error
+from tests.nets import FAMILIES
 from tests.tiny import convert, identical, images, quantized, vit, with_scales
 
 
@@ -35,6 +36,14 @@ def test_no_classes_leave_no_head(path):
         qat.load_float(path, num_classes=0)(x),
         net.eval().forward_head(net.forward_features(x), pre_logits=True),
     )
+
+
+def test_a_head_with_a_norm_is_removed(path):
+    net = FAMILIES["levit"].build()
+    qat.save(net, path)
+    x = FAMILIES["levit"].images(2)
+    net.reset_classifier(0)
+    assert torch.equal(qat.load_float(path, num_classes=0).eval()(x), net.eval()(x))
 
 
 def test_pooling_that_was_changed_later_stays(path):

@@ -58,6 +58,7 @@ def test_the_card_is_of_the_file(name, net):
     assert f"{(ZOO / f'{name}.safetensors').stat().st_size:,} bytes" in card
     assert re.search(r"top-1 7\d\.\d\d %, top-5 9\d\.\d\d % of 10,000 images \(test\)", card)
     assert f'qat.load("zoo/{name}.safetensors")' in card
+    assert "quant=seq" not in card or "quant.offset_init=zero" in card  # the default then
 
 
 @pytest.mark.long

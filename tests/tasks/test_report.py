@@ -44,6 +44,7 @@ def test_a_training_run_has_a_page(tmp_path):
     assert (run / "report.html").stat().st_size < 600_000
 
 
+@pytest.mark.long
 def test_ptq_has_a_page(tmp_path, float_run):
     start = f"ckpt={float_run}/checkpoints/last.ckpt"
     ptq(compose("ptq", "report=true", start, *SMALL, f"run_dir={tmp_path}"))

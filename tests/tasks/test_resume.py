@@ -195,7 +195,7 @@ def test_a_run_of_before_a_knob_was_there_goes_on(tmp_path, full):
     torch.save(content, path)
     with usage_error(r"has another recipe \(quant: step_init\)"):
         run(run_dir, "resume=true", "quant.step_init=mse")
-    run(run_dir, "resume=true")
+    run(run_dir, "resume=true", "quant.offset_init=minimum")
     assert_same_run(run_dir, full)
 
 

@@ -192,6 +192,7 @@ def test_an_encoder_gets_a_new_head(home, tmp_path, caplog):
     assert "model.dinov2.embeddings.cls_token" in net.no_weight_decay()
 
 
+@pytest.mark.long
 def test_settings_of_training(home, tmp_path):
     """Gray photos, other settings of a nested config, checkpointing, layer decay and stochastic depth."""
     save_model(tmp_path / "swin", transformers.SwinForImageClassification, **SWIN, **LABELS)
