@@ -106,9 +106,14 @@ class ResumableLoader(DataLoader):
         super().__init__(*args, **options)
         self._num_used = 0  # used batches of this epoch
         self._num_to_skip = 0  # batches to skip at the start of the next iteration
+        self._skip_epoch: int | None = None  # epoch in which to skip them; None = the next one
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        self._num_used = self._num_to_skip
+        # After a checkpoint from the end of an epoch, Lightning may begin the next epoch.
+        if self._skip_epoch in {None, self._epoch}:
+            self._num_used = self._num_to_skip
+        else:
+            self._num_used = 0
         self._num_to_skip = 0
         self.sampler.skip = self._num_used * (self.batch_size or 1)
         for batch in super().__iter__():
@@ -121,17 +126,24 @@ class ResumableLoader(DataLoader):
         world_size = getattr(self.sampler, "world_size", 1)
         return (self.batch_size or 1) * world_size
 
-    def state_dict(self) -> dict[str, int]:
-        """`batches` used in this epoch; `images` = `batches` times the global batch size."""
-        return {"batches": self._num_used, "images": self._num_used * self._global_batch_size}
+    @property
+    def _epoch(self) -> int | None:
+        # Lightning's own sampler for `overfit_batches` has no epoch either.
+        return getattr(self.sampler, "epoch", None)
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Skip the batches of `state` in the next iteration; Lightning has already counted them.
+    def state_dict(self) -> dict[str, Any]:
+        """`epoch`, and `batches` used in it; `images` = `batches` times the global batch size."""
+        num_images = self._num_used * self._global_batch_size
+        return {"batches": self._num_used, "images": num_images, "epoch": self._epoch}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Skip the batches of `state` in their epoch; Lightning has already counted them.
 
         Raises:
             UsageError: batches must be skipped, and `images` shows another global batch size.
         """
         self._num_to_skip = state["batches"]
+        self._skip_epoch = state.get("epoch")
         images = state.get("images")
         if images is not None and images != self._num_to_skip * self._global_batch_size:
             raise UsageError(

@@ -56,3 +56,11 @@ def test_the_epoch_counts_that_is_set_after_iter():
     made.sampler.set_epoch(7)
     assert {epoch for epoch, _ in next(iterator).tolist()} == {7}
     assert len(made) == 5
+
+
+def test_a_whole_epoch_is_not_skipped_in_the_next_one():
+    first = loader()
+    epoch(first, 3)
+    made = loader()
+    made.load_state_dict(first.state_dict())
+    assert epoch(made, 4) == epoch(loader(), 4)
