@@ -146,7 +146,7 @@ class Arms:
         overrides = preset(arm.use)
         if arm.best_of:
             overrides += self[self._best(arm.best_of)].set
-        overrides += arm.set
+        overrides += arm.set  # last, because they override those of the choice
         sources = {"ckpt": arm.ckpt, "teacher.ckpt": arm.teacher}
         for key, source in sources.items():
             if source:

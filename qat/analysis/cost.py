@@ -85,7 +85,7 @@ def _float_cost(studied_net: StudiedNet) -> Row:
         return {}
     try:
         float_net = float_twin(studied_net.net)
-    except (UsageError, LookupError, TypeError, ValueError, RuntimeError):
+    except UsageError:
         return {}
     return {"in_float": dataclasses.asdict(total(module_costs(float_net, studied_net.input_size)))}
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import logging
-import math
 import time
 from typing import Any
 
@@ -109,14 +108,10 @@ class EpochLog(Callback):
         values = [text.format(metrics[key]) for key, text in formats.items() if key in metrics]
         param_group = trainer.optimizers[0].param_groups[0]
         seconds = time.monotonic() - self._start
-        last_step = trainer.estimated_stepping_batches
-        if last_step < 0:  # the loader has no length
-            last_step = trainer.global_step / epoch * (trainer.max_epochs or epoch)
+        last_step = trainer.global_step / epoch * (trainer.max_epochs or 0)
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, StepLimit):
                 last_step = min(last_step, callback.steps)
-        if math.isinf(last_step):  # no end is planned
-            last_step = trainer.global_step
         seconds_per_step = seconds / max(trainer.global_step - self._first_step, 1)
         seconds_left = round(seconds_per_step * max(last_step - trainer.global_step, 0))
         log.info(

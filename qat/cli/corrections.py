@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from hydra._internal.utils import get_args_parser
 
@@ -57,7 +57,7 @@ def refuse_flags(arguments: Sequence[str], command: str) -> None:
     if value == "" and has_value:
         value = later_arguments[0]
         flag = f"{flag} {value}"
-    our_name = _our_name(name, command) or name
+    our_name = _our_names(command).get(name, name)
     raise UsageError(f"{flag}: must be {our_name}={value or 'VALUE'}")
 
 
@@ -66,17 +66,18 @@ def suggest_correction(arguments: Sequence[str], command: str) -> str | None:
 
     Call this function if Hydra cannot compose a config.
     """
+    names = _our_names(command)
     for argument in arguments:
         setting, equals, value = argument.partition("=")
         if not equals:
             continue
-        replacement = _replacement(setting.lstrip("+"), value, command)
+        replacement = _replacement(setting.lstrip("+"), value, names)
         if replacement is not None:
             return f"{argument}: must be {replacement}"
     return None
 
 
-def _replacement(setting: str, value: str, command: str) -> str | None:
+def _replacement(setting: str, value: str, names: Mapping[str, str]) -> str | None:
     if setting in SWITCH_OFF and value.lower() in OFF_VALUES:
         return SWITCH_OFF[setting]
     if value in options(setting):
@@ -93,20 +94,29 @@ def _replacement(setting: str, value: str, command: str) -> str | None:
         return f"optimizer.opt={value}" if value in list_optimizers() else None
     if setting in {"quant", "ptq"}:
         return _suggest_recipes(setting, value)
-    name = _our_name(setting, command)
+    name = _our_name(setting, names)
     return f"{name}={value}" if name and name != setting else None
 
 
-def _our_name(setting: str, command: str) -> str:
+def _our_names(command: str) -> dict[str, str]:
+    """Settings of a command by their names in other tools."""
+    names = dict(OUR_NAMES)
+    if command == "train":
+        return names
+    if command == "ptq":
+        names = {other: name.replace("quant.", "ptq.") for other, name in names.items()}
+        names |= {f"quant.{knob}": f"ptq.{knob}" for knob in ALIASES}
+    absent = ("quant.", "optimizer.")
+    return {other: name for other, name in names.items() if not name.startswith(absent)}
+
+
+def _our_name(setting: str, names: Mapping[str, str]) -> str:
     """Our name of a setting, found by its full name or its name in the group; "" if unknown."""
+    if setting in names:
+        return names[setting]
     group, _, last_part = setting.rpartition(".")
-    name = OUR_NAMES.get(setting) or OUR_NAMES.get(last_part, "")
-    own_group, _, knob = name.partition(".")
-    if setting not in OUR_NAMES and group != own_group and (group, own_group) != ("ptq", "quant"):
-        return ""
-    if command != "train" and own_group in {"quant", "optimizer"}:
-        return f"ptq.{knob}" if command == "ptq" and own_group == "quant" else ""
-    return name
+    name = names.get(last_part, "")
+    return name if name.partition(".")[0] == group else ""
 
 
 def _suggest_recipes(group: str, value: str) -> str | None:
