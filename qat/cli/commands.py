@@ -19,14 +19,13 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import hydra
-from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 import qat
 from qat.cli import catalog, sweep
 from qat.cli.arguments import to_hydra
-from qat.cli.corrections import refuse_flags, suggest_correction
+from qat.cli.corrections import parse_arguments, suggest_correction
 from qat.cli.job import FULL_ERROR, run_task
 from qat.cli.mistakes import error_line
 from qat.tasks import settings
@@ -104,12 +103,11 @@ def run(name: str) -> int:
     os.environ[FULL_ERROR] = "1"  # lets Hydra raise errors instead of printing them
     arguments = sys.argv[1:]
     try:
-        refuse_flags(arguments, name)
+        parsed = parse_arguments(arguments, name)
         # Put settings last, so that more can be added to the end of the command.
-        parsed = get_args_parser().parse_args(arguments)
         if parsed.info is None:  # the value of --info may be left out
             options = [word for word in arguments if word not in parsed.overrides]
-            arguments = [*options, *parsed.overrides]
+            arguments = options + parsed.overrides
         command = [*_program(name), *arguments]
         sys.argv[1:] = to_hydra(arguments)
         try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from argparse import Namespace
 from collections.abc import Mapping, Sequence
 
 from hydra._internal.utils import get_args_parser
@@ -37,14 +38,17 @@ OFF_VALUES = {"null", "none", "false", "off"}
 WEIGHT_SUFFIXES = (".ckpt", ".pt", ".pth", ".safetensors", ".bin")
 
 
-def refuse_flags(arguments: Sequence[str], command: str) -> None:
-    """Raise `UsageError` for `--name value`, and for options such as `-m` between settings.
+def parse_arguments(arguments: Sequence[str], command: str) -> Namespace:
+    """Parse a command line as Hydra does.
 
     Settings are typed as `name=value`, and Hydra's options must not separate them.
+
+    Raises:
+        UsageError: there is `--name value`, or an option such as `-m` between settings.
     """
-    flags = get_args_parser().parse_known_args(arguments)[1]
+    parsed, flags = get_args_parser().parse_known_args(arguments)
     if not flags:
-        return
+        return parsed
     flag = flags[0]
     if not flag.startswith("-"):
         raise UsageError(f"{flag}: options such as -m must come before all settings")
@@ -100,14 +104,16 @@ def _replacement(setting: str, value: str, names: Mapping[str, str]) -> str | No
 
 def _our_names(command: str) -> dict[str, str]:
     """Settings of a command by their names in other tools."""
-    names = dict(OUR_NAMES)
     if command == "train":
-        return names
-    if command == "ptq":
-        names = {other: name.replace("quant.", "ptq.") for other, name in names.items()}
-        names |= {f"quant.{knob}": f"ptq.{knob}" for knob in ALIASES}
-    absent = ("quant.", "optimizer.")
-    return {other: name for other, name in names.items() if not name.startswith(absent)}
+        return OUR_NAMES
+    names = {}
+    for other, name in OUR_NAMES.items():
+        group, _, knob = name.partition(".")
+        if group == "quant" and command == "ptq":
+            names[other] = names[name] = f"ptq.{knob}"
+        elif group not in {"quant", "optimizer"}:
+            names[other] = name
+    return names
 
 
 def _our_name(setting: str, names: Mapping[str, str]) -> str:
