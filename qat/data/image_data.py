@@ -433,12 +433,14 @@ class EncodedImageData(ImageData):
             UsageError: a setting is unknown or missing, or has an invalid value.
         """
         config = None
+        model = settings.get("model")
         try:
-            if settings.get("model"):
-                config = timm.get_pretrained_cfg(settings["model"])
+            if model:
+                # A user's own model may be registered without a config.
+                config = timm.get_pretrained_cfg(model, allow_unregistered=timm.is_model(model))
         except Exception as error:
             raise UsageError(
-                f"data.model={settings['model']!r}: must be the name of a timm model ({error})"
+                f"data.model={model!r}: must be the name of a timm model ({error})"
             ) from error
         preprocessing = {}
         for name, default in IMAGENET_PREPROCESSING.items():

@@ -165,7 +165,7 @@ def check_writers(name: str, callback: Callback, writers: dict[Path, str]) -> No
     if pattern and "{" not in pattern:
         filenames.append(f"{pattern}.ckpt")
     for filename in filenames:
-        path = Path(getattr(callback, "dirpath", None) or "") / filename
+        path = Path(getattr(callback, "dirpath", None) or "").resolve() / filename
         if path in writers:
             raise UsageError(
                 f"callbacks.{writers[path]} and callbacks.{name}: both write {filename}; "

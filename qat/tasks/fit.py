@@ -147,6 +147,11 @@ def build_callbacks(cfg: DictConfig) -> list[Callback]:
         check_sharding(cfg.trainer.get("strategy"), f"callbacks.{name}", callback)
         if isinstance(callback, ModelCheckpoint | LastCheckpoint) and callback.dirpath is None:
             callback.dirpath = str(Path(cfg.run_dir) / "checkpoints")
+        elif isinstance(callback, LastCheckpoint):
+            raise UsageError(
+                f"callbacks.{name}.dirpath={callback.dirpath!r}: must be null; "
+                "a run resumes from the checkpoints in its run_dir"
+            )
         check_writers(name, callback, writers)
         needs_val = isinstance(callback, EarlyStopping) and callback.monitor in VAL_METRICS
         if needs_val and cfg.trainer.get("limit_val_batches") == 0:

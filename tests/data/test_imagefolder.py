@@ -12,6 +12,7 @@ from torchvision import datasets
 
 import qat
 from qat.data import ImageArrays, ImageFolder, ImageNet
+from qat.nn.hf_constructor import CLASSIFIER
 from qat.tasks import build
 from tests.commands import typed
 from tests.conftest import compose, evaluate
@@ -255,7 +256,7 @@ def test_evaluation_on_imagenet_is_what_the_models_weights_expect(tmp_path, mode
     torch.testing.assert_close(images_of(found.val_dataloader()), expected, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("model", [None, "no_model_of_timm"])
+@pytest.mark.parametrize("model", [None, CLASSIFIER])
 def test_without_a_pretrained_config_it_is_imagenets(tmp_path, model):
     settings = ImageNet(**UNSET, root=str(tmp_path), model=model).settings
     assert (settings.crop_pct, settings.interpolation) == (0.9, "bicubic")

@@ -106,6 +106,7 @@ TRAIN = [
         ]
     ),
     *((f"data.{setting}", rf"data=digits ignores data\.{setting.split('=')[0]}; ") for setting in ("memory_mb=0", "on_error=skip")),
+    ("data=imagefolder data.root={files} data.num_classes=2 data.model=deit_tyni", r"data\.model='deit_tyni': must be the name of a timm model"),
     ("data=timm data.root={files} data.label_column=x", r"data\.label_column='x': with data=timm, works only for data\.name=hfds/NAME"),
     ("model.name=vit_tinny_patch16_224", r"model\.name='vit_tinny_patch16_224': timm has no such model; closest: .*vit_tiny_patch16_224"),
     ("model.name=resnet18", r"model\.name='resnet18' with .*unexpected keyword argument 'img_size'"),
@@ -149,6 +150,8 @@ TRAIN = [
     ("+callbacks.best.save_last=true", r"both write last\.ckpt"),
     ("callbacks.best.filename=last", r"callbacks\.(best and callbacks\.last|last and callbacks\.best): both write last\.ckpt"),
     ("callbacks=[default,best_k] callbacks.best_k.filename=best callbacks.best_k.save_top_k=1", r"callbacks\.\w+ and callbacks\.\w+: both write best\.ckpt"),
+    ("callbacks.best.filename=last callbacks.best.dirpath=${run_dir}/x/../checkpoints", r"both write last\.ckpt"),
+    ("callbacks.last.dirpath=elsewhere", r"callbacks\.last\.dirpath='.*': must be null; a run resumes from"),
     ("callbacks=[default,early_stop] callbacks.early_stop.patience=-1", rf"callbacks\.early_stop\.patience=-1: {WHOLE} 0"),
     ("callbacks=[default,early_stop] callbacks.early_stop.min_delta=nan", rf"callbacks\.early_stop\.min_delta=nan: {NUMBERS} 0"),
     ("callbacks=[default,early_stop] trainer.limit_val_batches=0", r"trainer\.limit_val_batches=0: callbacks\.early_stop needs val/top1; must be above 0"),
