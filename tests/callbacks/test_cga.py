@@ -288,7 +288,8 @@ def annealed(tmp_path_factory):
 
 
 # Before annealing, so that the resumed run begins it; in the middle of an epoch of it.
-@pytest.mark.parametrize("step", [pytest.param(7, marks=pytest.mark.long), 14])
+@pytest.mark.long
+@pytest.mark.parametrize("step", [7, 14])
 def test_resumed_equals_uninterrupted(step, tmp_path, annealed):
     run_dir = killed_at(step, tmp_path / "run", *SETTINGS)
     run(run_dir, "resume=true", *SETTINGS)

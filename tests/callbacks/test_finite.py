@@ -178,6 +178,7 @@ def train_in_a_process():
     fit_net(learner, FiniteCheck(), **settings)
 
 
+@pytest.mark.long
 def test_a_loss_of_one_process_ends_all_of_them():
     for error in in_processes(2, train_in_a_process):
         assert "training step 1 is not finite; first non-finite: the loss " in error

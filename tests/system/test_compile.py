@@ -147,7 +147,7 @@ def test_a_hash_is_that_of_all_files_of_a_package(tmp_path):
     assert compiler.cache_key_tag.endswith(source_hash(qat.functional, kernels))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_graph_of_other_formulas_is_not_taken_from_a_cache():
     net, x, found = (
         StatsQ(QuantSpec("weight", "statsq", 2, signed=True, axis=0)),
