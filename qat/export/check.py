@@ -246,7 +246,8 @@ def compare(
         is_same_class = _classes(expected[LOGITS]) == _classes(actual[LOGITS])
         agreement.same_top1 = int(is_same_class.all(1).sum())
     else:
-        agreement.cosine = min(map(_min_cosine, expected.values(), actual.values()))
+        cosines = torch.cat(list(map(_cosines, expected.values(), actual.values())))
+        agreement.cosine = float(cosines.min())
     if BOXES in expected:
         agreement.boxes = float((expected[BOXES] - actual[BOXES]).abs().max())
     if open_codes is None or not differing_images:
@@ -334,9 +335,9 @@ def _largest(values: Iterable[float]) -> float:
     return float(torch.tensor(list(values)).max())
 
 
-def _min_cosine(expected: Tensor, actual: Tensor) -> float:
-    """Lowest cosine similarity, over the images, of expected and actual output."""
-    return float(F.cosine_similarity(expected.flatten(1), actual.flatten(1)).min())
+def _cosines(expected: Tensor, actual: Tensor) -> Tensor:
+    """Cosine similarity of expected and actual output of each image, (B,)."""
+    return F.cosine_similarity(expected.flatten(1), actual.flatten(1))
 
 
 def _classes(logits: Tensor) -> Tensor:
