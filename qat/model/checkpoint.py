@@ -126,17 +126,21 @@ def _read_file(path: Path, origin: str) -> Any:
     except UsageError:
         raise
     except Exception as error:
-        # Replace torch's own message, which advises to allow code.
-        reason: object = (
-            "damaged, or contains more than tensors and plain data; save only the state_dict()"
-        )
-        if path.suffix.lower() != ".safetensors" and not _looks_like_torch(path):
-            reason = "must be a file of torch.save or safetensors"
-        if isinstance(error, ValueError | OverflowError) or getattr(error, "filename", None):
-            reason = getattr(error, "strerror", error)
+        reason = " ".join(_reason(error, path).split())
         raise UsageError(
-            f"{origin}: not a checkpoint that can be read safely ({' '.join(str(reason).split())})"
+            f"{origin}: not a checkpoint that can be read safely ({reason})"
         ) from error
+
+
+def _reason(error: Exception, path: Path) -> str:
+    """Why a file cannot be read; replaces torch's own message, which advises to allow code."""
+    if isinstance(error, ValueError | OverflowError):
+        return str(error)
+    if isinstance(error, OSError) and error.filename:
+        return str(error.strerror)
+    if path.suffix.lower() != ".safetensors" and not _looks_like_torch(path):
+        return "must be a file of torch.save or safetensors"
+    return "damaged, or contains more than tensors and plain data; save only the state_dict()"
 
 
 def _looks_like_torch(path: Path) -> bool:
