@@ -16,7 +16,7 @@ from torch import nn
 from qat.errors import UsageError
 from qat.model.sites import find_blocks, no_weight_decay, quantizer_parameters
 from qat.nn import hf_models
-from qat.utils.validate import check_int, check_number, unknown_message
+from qat.utils.validate import check_choice, check_int, check_number, unknown_message
 
 SchedulerFactory = Callable[[torch.optim.Optimizer, int, int], tuple[Scheduler, str]]
 GROUPS = ("decay", "no_decay", "scales")
@@ -192,6 +192,16 @@ def build_optimizer(
     return optimizer
 
 
+def check_phases(warmup_epochs: float, cooldown_epochs: float, epochs: int) -> None:
+    """Check that warm-up and cool-down leave some of the epochs to the cosine.
+
+    Raises:
+        UsageError: one of them is negative, or they are too long.
+    """
+    check_number("scheduler.warmup_epochs", warmup_epochs, 0, below=epochs)
+    check_number("scheduler.cooldown_epochs", cooldown_epochs, 0, below=epochs - warmup_epochs)
+
+
 def scheduler_factory(
     *,
     interval: str = "step",
@@ -209,13 +219,23 @@ def scheduler_factory(
 
     Returns:
         A function of the optimizer, the number of epochs and the steps per epoch, which returns the
-        schedule and its interval, and raises `UsageError` if the warm-up is negative or too long.
+        schedule and its interval, and raises `UsageError` if `check_phases` does.
+
+    Raises:
+        UsageError: `interval` has another value, or a fraction of an epoch does not fit it.
     """
+    check_choice("scheduler.interval", interval, ("epoch", "step"))
+    for name, num_epochs in (("warmup", warmup_epochs), ("cooldown", cooldown_epochs)):
+        if interval == "epoch" and num_epochs % 1:
+            raise UsageError(
+                f"scheduler.{name}_epochs={num_epochs}: must be an integer with "
+                "scheduler.interval=epoch; scheduler.interval=step accepts fractions"
+            )
 
     def build_schedule(
         optimizer: torch.optim.Optimizer, epochs: int, steps: int
     ) -> tuple[Scheduler, str]:
-        check_number("scheduler.warmup_epochs", warmup_epochs, 0, below=epochs - cooldown_epochs)
+        check_phases(warmup_epochs, cooldown_epochs, epochs)
         periods_per_epoch = 1 if interval == "epoch" else steps
         schedule = cosine_schedule(
             optimizer,

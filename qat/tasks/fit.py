@@ -38,7 +38,7 @@ from qat.launch.slurm import cluster_environments
 from qat.lit import Teacher
 from qat.lit.compiled import compile_in_place
 from qat.lit.loggers import CSVLog, disable_telemetry
-from qat.lit.optim import build_optimizer, scaled_lr, scheduler_factory
+from qat.lit.optim import build_optimizer, check_phases, scaled_lr, scheduler_factory
 from qat.lit.strategies import SHARDED, AtomicCheckpointIO, SyncBatchNorms, choose_strategy
 from qat.nn.attention import set_execution
 from qat.tasks.build import instantiate, to_plain
@@ -87,32 +87,17 @@ def build_scheduler_factory(cfg: DictConfig) -> Any:
         UsageError: warm-up or cool-down is invalid.
     """
     settings = to_plain(cfg.scheduler)
-    interval = settings["interval"]
-    warmup_epochs = settings.pop("warmup_epochs")
-    cooldown_epochs = settings.pop("cooldown_epochs")
-    check_number("scheduler.warmup_epochs", warmup_epochs, 0, below=cfg.trainer.max_epochs)
-    check_number(
-        "scheduler.cooldown_epochs",
-        cooldown_epochs,
-        0,
-        below=cfg.trainer.max_epochs - warmup_epochs,
-    )
-    for name, epochs in (("warmup", warmup_epochs), ("cooldown", cooldown_epochs)):
-        if interval == "epoch" and epochs % 1:
-            raise UsageError(
-                f"scheduler.{name}_epochs={epochs}: must be an integer with "
-                "scheduler.interval=epoch; scheduler.interval=step accepts fractions"
-            )
+    check_phases(settings["warmup_epochs"], settings["cooldown_epochs"], cfg.trainer.max_epochs)
+    factory = scheduler_factory(**settings)
     if cfg.trainer.fast_dev_run:
-        warmup_epochs = 0
-        cooldown_epochs = 0
-    return scheduler_factory(
-        warmup_epochs=warmup_epochs, cooldown_epochs=cooldown_epochs, **settings
-    )
+        return scheduler_factory(**settings | {"warmup_epochs": 0, "cooldown_epochs": 0})
+    return factory
 
 
 def batch_limit(cfg: DictConfig) -> int | float | None:
     """Number or fraction of the batches that an epoch takes; None = all."""
+    if cfg.trainer.fast_dev_run:  # True is one batch
+        return int(cfg.trainer.fast_dev_run)
     limit = cfg.trainer.get("overfit_batches") or cfg.trainer.limit_train_batches
     # The integer 1 is one batch.
     return None if limit == 1.0 and isinstance(limit, float) else limit

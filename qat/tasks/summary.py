@@ -239,12 +239,11 @@ def describe_training(cfg: DictConfig, data: ImageData, trainer: Trainer) -> str
     num_unused = max(num_images - len(loader) * batch_size, 0) * trainer.world_size
     is_whole = fit.batch_limit(cfg) is None
     steps = fit.steps_per_epoch(cfg, data)
-    epochs = cfg.trainer.max_epochs
+    epochs = 1 if cfg.trainer.fast_dev_run else cfg.trainer.max_epochs
     text = f"{format_count(epochs, 'epoch')} x {format_count(steps, 'step')}"
     if num_unused and is_whole:
         text += f", {num_unused} of {num_images * trainer.world_size} images left out of each"
-    is_short = is_whole and not cfg.trainer.fast_dev_run and steps * epochs < MIN_STEPS
-    if is_short and batch_size > 1:
+    if is_whole and steps * epochs < MIN_STEPS and batch_size > 1:
         log.warning(
             "data.batch_size=%d: %s in all, too few to train a model well; "
             "smaller batches or a higher trainer.max_epochs make more steps",

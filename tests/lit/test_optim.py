@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import qat
-from qat.lit import build_optimizer, cosine_schedule, parameter_groups
+from qat.lit import build_optimizer, cosine_schedule, parameter_groups, scheduler_factory
 from tests.callbacks.fitting import fit, module
 from tests.errors import usage_error
 from tests.tiny import DISTILLED, SIZE, identical, vit
@@ -111,6 +111,21 @@ def test_cosine_with_warm_up(interval):
     warm = [0.001 + t * (0.1 - 0.001) / 5 for t in range(5)]
     cosine = [0.01 + 0.09 / 2 * (1 + math.cos(math.pi * t / 20)) for t in range(5, 20)]
     assert rates == pytest.approx(warm + cosine + [0.01] * 5)
+
+
+@pytest.mark.parametrize(
+    ("settings", "line"),
+    [
+        ({"interval": "batch"}, r"^scheduler\.interval='batch': "),
+        ({"interval": "epoch", "warmup_epochs": 0.5}, r"^scheduler\.warmup_epochs=0\.5: "),
+        ({"warmup_epochs": -1}, r"^scheduler\.warmup_epochs=-1: "),
+        ({"cooldown_epochs": -1}, r"^scheduler\.cooldown_epochs=-1: "),
+        ({"warmup_epochs": 2, "cooldown_epochs": 2}, r"^scheduler\.cooldown_epochs=2: "),
+    ],
+)
+def test_lengths_that_do_not_fit_a_run_are_refused(settings, line):
+    with usage_error(line):
+        scheduler_factory(**settings)(optimizer_of(0.1), 4, 5)
 
 
 def rates(net, groups):
