@@ -73,10 +73,11 @@ class Shifted(Quantizer):
 
         With `offset_init="minimum"`, the first batch sets the offsets of unsigned codes.
         """
-        is_first_batch = not state
+        is_first_batch = "quantizer" not in state
         if is_first_batch and self.spec.offset_init == "minimum" and self.spec.signed is False:
             self._shift_minimum_to_zero(x)
-        self.quantizer.calibrate(self._add_offset(x.detach(), self.before.detach()), state)
+        inner_state = state.setdefault("quantizer", {})
+        self.quantizer.calibrate(self._add_offset(x.detach(), self.before.detach()), inner_state)
 
     @torch.no_grad()
     def _shift_minimum_to_zero(self, x: Tensor) -> None:

@@ -5,6 +5,7 @@ import torch
 from torch.testing import assert_close
 
 from qat import functional as F
+from qat.quantizers import LSQ
 from tests.quantizers.common import allocated, calibrated
 from tests.tiny import randn
 
@@ -82,3 +83,13 @@ def test_unsigned_codes_may_start_at_the_lowest_input(quantizer, signed):
         assert torch.equal(made.offset_after, lowest.expand(40))
         assert torch.equal(made.offset_before, -made.offset_after)
     assert (errors[1] < 0.3 * errors[0]) is not signed
+
+
+def test_only_the_first_batch_sets_offsets_whatever_the_quantizer_stores(monkeypatch):
+    monkeypatch.setattr(LSQ, "calibrate", lambda self, x, state: None)
+    spec = {"axis": -2, "bits": 4, "signed": False, "offset_init": "minimum"}
+    made = allocated("lsq", torch.zeros(3, 4), **spec, offsets="both")
+    state = {}
+    for minimum in (-1.0, -5.0):
+        made.calibrate(torch.full((3, 4), minimum), state)
+    assert torch.equal(made.offset_before, torch.ones(4))
