@@ -67,13 +67,17 @@ def track_codes(state: OscillationState | None, codes: Tensor, momentum: float) 
 
 
 class _Sums(NamedTuple):
-    """Sums over the entries of one weight, or of all weights; each is one number."""
+    """Sums over the entries of one weight, or of all weights: int64, but for `frequency`."""
 
-    entries: Any
-    oscillating: Any
-    frequency: Any
-    in_band: Any
-    flips: Any
+    entries: Tensor
+    oscillating: Tensor
+    frequency: Tensor
+    in_band: Tensor
+    flips: Tensor
+
+
+def _add(sums: Sequence[_Sums]) -> _Sums:
+    return _Sums(*(torch.stack(values).sum() for values in zip(*sums, strict=True)))
 
 
 class Oscillation(Callback):
@@ -148,13 +152,12 @@ class Oscillation(Callback):
                     self._states.get(site.name), codes, self.momentum
                 )
         if is_logging_step(trainer) and self._states:
-            sums = torch.stack([self._sum_entries(site) for site in self._tracked_sites()])
-            totals = _Sums(*sums.sum(0))
+            totals = _add([self._sum_entries(site) for site in self._tracked_sites()])
             values = {
                 "osc/share": totals.oscillating / totals.entries,
                 "osc/frequency": totals.frequency / totals.entries,
                 "osc/band": totals.in_band / totals.entries,
-                "osc/flips": totals.flips,
+                "osc/flips": totals.flips.float(),
             }
             pl_module.log_dict(values, on_step=True, on_epoch=False)
 
@@ -162,45 +165,42 @@ class Oscillation(Callback):
         return [site for site in self._sites if site.name in self._states]
 
     @torch.no_grad()
-    def _sum_entries(self, site: Site) -> Tensor:
-        """Values of `_Sums` for a weight, (5,) float32."""
+    def _sum_entries(self, site: Site) -> _Sums:
         weight = site.latent().detach()
         state = self._states[site.name]
         grid = site.quantizer.grid(weight)
         in_band = torch.zeros_like(weight, dtype=torch.bool)
         if grid is not None:
             in_band = grid.near_threshold(weight, BOUNDARY)
-        frequency = state.frequency.sum()
         sums = _Sums(
-            entries=torch.full_like(frequency, weight.numel()),
+            entries=torch.full_like(state.flips, weight.numel()),
             oscillating=(state.frequency > self.threshold).sum(),
-            frequency=frequency,
+            frequency=state.frequency.sum(),
             in_band=in_band.sum(),
             flips=state.flips,
         )
-        return torch.stack([value.to(weight.device).float() for value in sums])
+        return _Sums(*(value.to(weight.device) for value in sums))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """In the first process, write the table, if any; the last row has the totals."""
         if self.dirpath is None or not self._states or not trainer.is_global_zero:
             return
         sites = self._tracked_sites()
-        table = torch.stack([self._sum_entries(site) for site in sites]).cpu().double()
+        sums_by_site = [self._sum_entries(site) for site in sites]
         labels: list[dict[str, Any]] = []
         for site in sites:
             bits = site.quantizer.spec.bits
             labels.append({"layer": site.layer, "role": site.role, "bits": bits})
         labels.append({"layer": "total"})
         rows = []
-        for label, numbers in zip(labels, [*table, table.sum(0)], strict=True):
-            sums = _Sums(*numbers.tolist())
+        for label, sums in zip(labels, [*sums_by_site, _add(sums_by_site)], strict=True):
             rows.append({
                 **label,
                 "weights": int(sums.entries),
                 "oscillating": int(sums.oscillating),
                 "in_band": int(sums.in_band),
                 "flips": int(sums.flips),
-                "mean_frequency": sums.frequency / sums.entries,
+                "mean_frequency": float(sums.frequency / sums.entries),
             })
         write_text(Path(self.dirpath) / FILE, csv_text(rows))
 

@@ -117,6 +117,16 @@ def test_the_table(tmp_path):
     ]
 
 
+def test_counts_are_exact_beyond_24_bits(tmp_path):
+    callback = Oscillation(dirpath=str(tmp_path))
+    trainer = fit(module(net()), callback)
+    name = next(iter(callback._states))
+    flips = torch.tensor(2**24 + 1)
+    callback._states = {name: callback._states[name]._replace(flips=flips)}
+    callback.on_train_end(trainer, trainer.lightning_module)
+    assert [row["flips"] for row in csv_rows(tmp_path / "oscillation.csv")] == ["16777217"] * 2
+
+
 @pytest.mark.parametrize("start", ["fp", "8 bit"])
 def test_nothing_to_track(start):
     learner = module(vit()) if start == "fp" else module(net(overrides={"blocks.*": {"bits": 8}}))
