@@ -211,7 +211,7 @@ class Callback(TrainerCallback):
             write_torch(folder / _STATE, self.callback.state_dict())
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Remove the hooks of `CGA` from the optimizer and the model."""
+        """Remove the hooks from the optimizer and the model."""
         self.callback.teardown(self._lightning_trainer, self._lightning_module, "fit")
 
     def _update_progress(self, state: Any) -> None:

@@ -115,6 +115,16 @@ class IterativeFreezing(Callback):
         self._freezer.freeze(weights_and_masks)
         log_fraction(trainer, pl_module, "freeze/frozen", [mask for _, mask in weights_and_masks])
 
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        """Remove the hook, because Lightning does not call `teardown` after an exception."""
+        self._freezer.detach()
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Remove the hook."""
+        self._freezer.detach()
+
     @torch.no_grad()
     def _move_to_cell_centers(self) -> None:
         """Move frozen latent weights back to the middle of their cells if they have drifted."""

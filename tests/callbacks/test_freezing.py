@@ -1,5 +1,7 @@
 """Iterative freezing in real trainers. Oracles: `freezing_step` on the codes that were used, bit equality of what is held."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
@@ -142,3 +144,21 @@ def test_nothing_to_freeze():
     learner = module(net(overrides={"blocks.*": {"bits": 8}}))
     with usage_error(r"^callbacks\.freeze: "):
         fit(learner, IterativeFreezing())
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_hook_is_gone_afterwards(fails):
+    counts = []
+
+    class Look(Callback):
+        def on_train_batch_end(self, trainer, *_):
+            self.hooks = trainer.optimizers[0]._optimizer_step_post_hooks
+            counts.append(len(self.hooks))
+            if fails:
+                raise ValueError
+
+    look = Look()
+    with pytest.raises(ValueError, match="^$") if fails else nullcontext():
+        fit(module(net()), IterativeFreezing(), look, max_epochs=1)
+    assert counts[0] == 1
+    assert not look.hooks
