@@ -188,9 +188,14 @@ def test_what_cannot_be_composed_is_one_line_and_leaves_no_trace(tmp_path, argum
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
-@pytest.mark.parametrize("setting", corrections.OTHER_NAMES)
-def test_corrections_name_settings_that_there_are(setting):
-    compose("train", f"{setting}=1", "run_dir=a")
+@pytest.mark.parametrize("command", ["train", "eval", "ptq", "analyze", "export"])
+def test_corrections_name_settings_that_there_are(command):
+    """Those of training stand in each config, but only `train.py` shows and uses them."""
+    settings = set(corrections._our_names(command).values())
+    choices = ["data=digits", "model=deit_t", "run_dir=a"]
+    compose(command, *choices, *(f"{name}=1" for name in settings - {"run_dir"}))
+    assert ("trainer.max_epochs" in settings) is (command == "train")
+    assert settings >= {"ckpt", "run_dir", "data.batch_size", "model.name"}
 
 
 def test_an_argument_that_is_right_needs_no_correction():
