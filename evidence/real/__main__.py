@@ -118,8 +118,8 @@ def quantize(cfg: DictConfig, encoder: nn.Module, data: Cifar10) -> None:
     qat.ptq.calibrate(net, batches)
     if recipe.method in {"compensate", "reconstruct"}:
         compensate(net, encoder, batches)
-    if recipe.method == "reconstruct":
-        settings = build_reconstruct(cfg)
+    settings = build_reconstruct(cfg, recipe.method)
+    if settings is not None:
         images = torch.cat(batches)
         reconstruct(net, encoder, images, settings, run_dir=cfg.run_dir, resume=bool(cfg.resume))
     search_settings = build_search(cfg)

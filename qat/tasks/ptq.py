@@ -79,8 +79,8 @@ def ptq(cfg: DictConfig) -> float:
     check_int("ptq.batch", cfg.ptq.batch, 1)
     recipe = build_ptq_recipe(cfg)
     search_settings = build_search(cfg)
-    reconstruct_settings = build_reconstruct(cfg)
     method = KEEP if recipe is None else recipe.method
+    reconstruct_settings = build_reconstruct(cfg, method)
     changes_weights = method in {"compensate", "reconstruct"}
     check_run_dir(cfg)
     build.import_modules(cfg.model.imports)
@@ -89,7 +89,7 @@ def ptq(cfg: DictConfig) -> float:
     check_start(cfg, subject, has_search=search_settings is not None)
     teacher = target_net(cfg.teacher.ckpt, subject, sets_mean=cfg.data.get("mean") is not None)
     batches = calibration_batches(subject.data, cfg.ptq.batch)
-    if method == "reconstruct":
+    if reconstruct_settings is not None:
         # Fail early if there are too few images.
         split_batches(torch.cat(batches), reconstruct_settings.batch)
     trainer = fit.build_trainer(cfg, [], fit.build_loggers(cfg))
@@ -130,8 +130,9 @@ def ptq(cfg: DictConfig) -> float:
             # The fit changes the weights of the quantized model, so the unquantized model provides
             # the targets of the fit and of a search.
             target_model = subject.net.to(trainer.strategy.root_device).eval()
-            settings = reconstruct_settings if method == "reconstruct" else None
-            facts |= _fit_weights(cfg, quantized.net, target_model, batches, settings, trainer)
+            facts |= _fit_weights(
+                cfg, quantized.net, target_model, batches, reconstruct_settings, trainer
+            )
         if search_settings is not None:
             facts["search"] = _search(
                 cfg, search_settings, quantized, batches, trainer, target_model

@@ -62,14 +62,25 @@ def build_search(cfg: DictConfig) -> SearchSettings | None:
     return build.build_settings(SearchSettings, "search", settings) if settings else None
 
 
-def build_reconstruct(cfg: DictConfig) -> ReconstructSettings:
-    """Return the settings of `cfg.ptq.reconstruct`, or the defaults.
+def build_reconstruct(cfg: DictConfig, method: str) -> ReconstructSettings | None:
+    """Return the settings of `cfg.ptq.reconstruct`, or None if `method` does not reconstruct.
 
     Raises:
-        UsageError: a key is unknown, or a value is invalid.
+        UsageError: a key is unknown, a value is invalid, or a setting was changed that `method`
+            does not read.
     """
-    settings = build.to_plain(cfg.ptq).get("reconstruct") or {}
-    return build.build_settings(ReconstructSettings, "ptq.reconstruct", settings)
+    defaults = ReconstructSettings(seed=cfg.seed)
+    group = build.to_plain(cfg.ptq).get("reconstruct") or {}
+    settings = build.build_settings(ReconstructSettings, "ptq.reconstruct", group)
+    if method == "reconstruct":
+        return settings
+    for name in group:
+        if getattr(settings, name) != getattr(defaults, name):
+            raise UsageError(
+                f"ptq.reconstruct.{name}: is read only with ptq.method=reconstruct, not "
+                f"{method}; use ptq=reconstruct_w4a4, for example"
+            )
+    return None
 
 
 def check_run_dir(cfg: DictConfig) -> None:

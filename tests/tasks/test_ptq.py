@@ -166,6 +166,8 @@ MISTAKES = {
     "ptq.bits=9": "ptq.bits=9: must be an integer from 2 to 8",
     "+ptq.colour=red": "ptq.colour: must be one of name, bits",
     "ptq.reconstruct=3": "ptq.reconstruct=3: must be a group of settings",
+    "ptq=compensate_w4a4 ptq.reconstruct.steps=9": "ptq.reconstruct.steps: is read only with ptq.method=reconstruct, not compensate",
+    "ptq=keep +ptq.reconstruct.lr=1": "ptq.reconstruct.lr: is read only with ptq.method=reconstruct, not keep",
     "trainer.precision=bf16-true": "trainer.precision='bf16-true': would round the float weights, which are kept; must be one of 32-true, bf16-mixed, 16-mixed",
     "ptq.batch=0": "ptq.batch=0: must be an integer of at least 1",
     "data.calibration_images=50": "data.calibration_images=50: less than one batch; must be an integer of at least ptq.batch=100",
