@@ -42,8 +42,11 @@ def is_drawable(value: object) -> TypeGuard[float]:
 
 def parse_number(value: object) -> float | None:
     """Convert a number or its text to a float, maybe NaN or infinity. Returns None otherwise."""
+    text = str(value)
+    if "_" in text:  # `float` reads 2024_01_15 as 20240115
+        return None
     try:
-        return float(str(value))
+        return float(text)
     except ValueError:
         return None
 

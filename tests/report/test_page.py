@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from qat.report.figures import bits_of, format_value
+from qat.report.figures import bits_of, format_value, parse_number
 from qat.report.page import columns, write_report
 from tests.report.pages import HOSTILE, Reader, read, write_analysis, write_run
 
@@ -305,3 +305,10 @@ def test_a_run_directory_may_be_a_link(tmp_path):
     (tmp_path / "link").symlink_to(run)
     linked = write_report(tmp_path / "link").read_text()
     assert linked.replace("/link", "/run") == write_report(run).read_text()
+
+
+@pytest.mark.parametrize(
+    ("text", "number"), [("3e-4", 3e-4), (2, 2.0), ("2024_01_15", None), ("1_000", None)]
+)
+def test_only_what_is_written_as_a_number_is_one(text, number):
+    assert parse_number(text) == number
