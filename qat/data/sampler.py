@@ -199,9 +199,11 @@ def seed_step(*numbers: int) -> None:
     """Seed the generators of a training step (dropout, drop path), so that a resumed run is exact.
 
     `torch.manual_seed` is avoided, as it queues a seed call for every accelerator, which costs half
-    a millisecond per step. Of all accelerators, only CUDA is seeded.
+    a millisecond per step. Of all accelerators, only CUDA and MPS are seeded.
     """
     seed = combine_seeds(*numbers)
     torch.default_generator.manual_seed(seed)
     if torch.cuda.is_available():
         torch.cuda.manual_seed(seed)
+    if torch.backends.mps.is_available():
+        torch.mps.manual_seed(seed)

@@ -8,7 +8,7 @@ import torch
 from timm.data.distributed_sampler import RepeatAugSampler
 from torch.utils.data import DistributedSampler
 
-from qat.data.sampler import SeededSampler, combine_seeds, isolated_rng
+from qat.data.sampler import SeededSampler, combine_seeds, isolated_rng, seed_step
 
 
 def indices(sampler):
@@ -123,3 +123,13 @@ def test_repeats_are_dealt_out_as_timm_deals_them(repeats, world):
     assert (
         [len(sampler) for sampler in samplers] == [len(one) for one in ours] == [n // world] * world
     )
+
+
+@pytest.mark.parametrize("device", ["cuda", "mps"])
+def test_a_step_seeds_the_generator_of_its_device(monkeypatch, device):
+    seeds = []
+    monkeypatch.setattr(getattr(torch, device), "manual_seed", seeds.append)
+    owner = torch.cuda if device == "cuda" else torch.backends.mps
+    monkeypatch.setattr(owner, "is_available", lambda: True)
+    seed_step(3, 5)
+    assert seeds == [combine_seeds(3, 5)] == [torch.initial_seed()]
