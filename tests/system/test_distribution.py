@@ -1,5 +1,6 @@
 """The wheel: what is in it, that its commands work where there is no clone, and which versions of libraries it takes."""
 
+import ast
 import os
 import shutil
 import subprocess
@@ -7,6 +8,7 @@ import sys
 import sysconfig
 import tomllib
 import zipfile
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
@@ -160,3 +162,35 @@ def test_the_oldest_versions_are_the_bounds_of_pyproject():
         *(line for lines in extras for line in lines),
     ]
     assert pinned(oldest, ("==",)) == pinned(allowed, (">=", "=="))
+
+
+# Installed along with these requirements, which exchange objects with them.
+INDIRECT = {
+    "lightning-utilities": "lightning",
+    "ml-dtypes": "onnx",
+    "onnx-ir": "onnxscript",
+    "triton": "torch",
+}
+
+
+def test_every_imported_library_is_required():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    lines = list(project["dependencies"])
+    for name in extras.keys() - {"dev", "docs"}:
+        lines += extras[name]
+    required = {Requirement(line).name.lower().replace("_", "-") for line in lines}
+    imported = set()
+    for path in (ROOT / "qat").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                imported |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                imported.add(node.module.partition(".")[0])
+    libraries = imported - sys.stdlib_module_names - {"qat"}
+    assert "torch" in libraries
+    names = packages_distributions()
+    for library in libraries:
+        distributions = {name.lower().replace("_", "-") for name in names.get(library, [library])}
+        distributions |= {INDIRECT.get(name, name) for name in distributions}
+        assert distributions & required, library
