@@ -44,7 +44,7 @@ class Record:
         git_commit: commit of this repository; None outside a repository.
         date: day of the run, year-month-day.
         correct: which test images are classified correctly, see
-            `qat.tasks.results.correct_images`; None if this was not stored, as in records until
+            `qat.tasks.results.correct_field`; None if this was not stored, as in records until
             2026-11-28.
     """
 

@@ -4,6 +4,7 @@ What a test cannot have is replaced, and named here: placeholders by small files
 runs by two batches. As they stand, all settings of a command are composed by Hydra before that.
 """
 
+import pkgutil
 import re
 import shlex
 import shutil
@@ -385,6 +386,17 @@ def test_the_names_of_the_equations_are_in_their_files():
             for name in re.findall(r"[A-Za-z_]\w*", one)
         ]
         assert [name for name in words if name not in code] == [], places
+
+
+def test_names_in_texts_exist():
+    metadata = {"qat.classes", "qat.preprocessing"}
+    sources = [path for folder in ("qat", "evidence") for path in (ROOT / folder).rglob("*.py")]
+    names = set()
+    for path in [*PAGES, *sources]:
+        names |= set(re.findall(r"`(qat(?:\.\w+)+)`", path.read_text(encoding="utf-8")))
+    assert len(names) > 50
+    for name in names - metadata:
+        pkgutil.resolve_name(name)
 
 
 def test_the_readme_says_of_the_demo_what_its_log_does():
