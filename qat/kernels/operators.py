@@ -22,7 +22,7 @@ from qat.functional.ste import in_dtype
 from qat.kernels import cpu, gpu, reference
 from qat.kernels.library import operator
 from qat.kernels.producer import Producer
-from qat.kernels.rows import PLAIN_CLASSES, LSQParams, split_operator_args
+from qat.kernels.rows import PLAIN_CLASSES, LSQParams, operator_args, split_operator_args
 
 _LSQ = (
     "Tensor scale, Tensor? before, Tensor? after, Tensor? sign, "
@@ -132,25 +132,34 @@ def lsq_backward(grad: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, Tensor, T
         of a LayerNorm's weight and bias, joined into one tensor (see `split_sums`). The result of
         the forward pass; empty if not requested.
     """
-    q, with_after, out, dequantized, *norm = split_operator_args(args[:13])
-    producer = Producer(*args[13:])
+    q, with_after, out, dequantized, weight, bias, *producer_args = split_operator_args(args)
+    producer = Producer(*producer_args)
     kernels = _kernels_for(x)
     if kernels is not None:
         results = kernels.lsq_backward(
-            grad, x, q, out, dequantized, *norm, producer, with_after=with_after
+            grad, x, q, out, dequantized, weight, bias, producer, with_after=with_after
         )
         if results is not None:
             grad_scale, sums, y = results
             return _replace_none(grad_scale, sums, y, out)
     if producer.needs_recompute:
-        quantizer_input, *saved = producer.forward(x, *norm)
-        args = (*args[:11], None, None, *Producer())
-        grad_scale, sums, y = lsq_backward(grad, quantizer_input, *args)
-        grad_x, *norm_grads = producer.backward(out, x, *norm, *saved)
+        quantizer_input, *saved = producer.forward(x, weight, bias)
+        no_norm = (None, None)
+        grad_scale, sums, y = lsq_backward(
+            grad,
+            quantizer_input,
+            *operator_args(q),
+            with_after,
+            out,
+            dequantized,
+            *no_norm,
+            *Producer(),
+        )
+        grad_x, *norm_grads = producer.backward(out, x, weight, bias, *saved)
         if grad_x is not out:
             out.copy_(grad_x)
         return grad_scale, _concatenate(sums, *norm_grads), y
-    y = None if dequantized is None else lsq_forward(x, *args[:8], dequantized)
+    y = None if dequantized is None else lsq_forward(x, *operator_args(q), dequantized)
     grads = reference.lsq_backward(
         grad,
         x,
@@ -180,7 +189,7 @@ def _intermediate_dtype(x: Tensor, dtype: torch.dtype) -> torch.dtype:
 
 def quantize(q: LSQParams, x: Tensor, dtype: torch.dtype) -> Tensor:
     """Fake-quantize `x` for a product in `dtype`: round to the dtype of `x`, then to `dtype`."""
-    return lsq_forward(x, *q[:4], *q.codes, _intermediate_dtype(x, dtype)).to(dtype)
+    return lsq_forward(x, *operator_args(q), _intermediate_dtype(x, dtype)).to(dtype)
 
 
 def gradients(  # noqa: PLR0913  (one pass computes all that callers request)
@@ -218,7 +227,7 @@ def gradients(  # noqa: PLR0913  (one pass computes all that callers request)
     with_after = with_after and q.after is not None
     dtype = None if dequantized is None else _intermediate_dtype(x, dequantized)
     grad_scale, sums, y = lsq_backward(
-        grad, x, *q[:4], *q.codes, with_after, out, dtype, *norm, *producer
+        grad, x, *operator_args(q), with_after, out, dtype, *norm, *producer
     )
     unpadded = x if unpadded is None else unpadded
     grad_scale = grad_scale * gradient_scale(unpadded, q.codes, q.grad_factor, q.sign)

@@ -13,7 +13,7 @@ from qat.functional.block_floats import round_blocks as reference_round_blocks
 from qat.functional.lsq import CodeRange, lsq_backward, lsq_forward
 from qat.functional.statsq import statsq_forward
 from qat.kernels.producer import Producer
-from qat.kernels.rows import LSQParams
+from qat.kernels.rows import LSQParams, operator_args
 
 __all__ = ["kernels_agree", "lsq_backward", "lsq_forward", "round_blocks", "statsq_forward"]
 
@@ -58,7 +58,7 @@ def kernels_agree(
         if not torch.equal(grad_x, expected.x):
             return False
         expected_y = lsq_forward(x, scale, offset, offset, codes)
-        y = forward(x, *q[:4], *codes, torch.float32)
+        y = forward(x, *operator_args(q), torch.float32)
         if not (torch.equal(dequantized, expected_y) and torch.equal(y, expected_y)):
             return False
     return True

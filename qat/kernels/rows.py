@@ -34,6 +34,11 @@ class LSQParams(NamedTuple):
     grad_factor: float = 1.0
 
 
+def operator_args(q: LSQParams) -> tuple[Any, ...]:
+    """The eight arguments by which an operator takes a quantizer."""
+    return q.scale, q.before, q.after, q.sign, *q.codes
+
+
 def split_operator_args(args: Any) -> tuple[Any, ...]:
     """Put the first eight arguments into `LSQParams`; return it and the other arguments."""
     scale, before, after, sign, *codes = args[:8]

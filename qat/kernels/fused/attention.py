@@ -17,6 +17,7 @@ from qat.kernels.fused.operand import (
     load_saved,
     quantizer_gradient,
     save_for_backward,
+    split_fields,
     split_params,
 )
 from qat.kernels.fused.scores import (
@@ -54,9 +55,9 @@ def _flatten(inputs: _Inputs) -> tuple[Any, ...]:
 
 def _unflatten(args: Any) -> _Inputs:
     """The inverse of `_flatten`."""
-    return _Inputs(
-        qkv=args[0], scoring=Scoring(*args[1:6]), quantizers=_Quantizers(*split_params(args[6:]))
-    )
+    qkv, *others = args
+    scoring, rest = split_fields(others, Scoring)
+    return _Inputs(qkv, scoring, _Quantizers(*split_params(rest)))
 
 
 def _quantize_qkv(inputs: _Inputs, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:

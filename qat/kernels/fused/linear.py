@@ -19,6 +19,7 @@ from qat.kernels.fused.operand import (
     product_dtype,
     quantizer_gradient,
     save_for_backward,
+    split_fields,
 )
 from qat.kernels.fused.source import FunctionInput, function_input, source_gradient
 from qat.kernels.fused.weight import WeightParams
@@ -37,18 +38,16 @@ class _Inputs(NamedTuple):
 
 def _flatten(inputs: _Inputs) -> tuple[Any, ...]:
     """Turn the inputs into the positional arguments that autograd sees."""
-    return *inputs.source, *inputs.quantizer, inputs.weight, *inputs.weight_params, inputs.bias
+    return *inputs.source, *inputs.quantizer, *inputs.weight_params, inputs.weight, inputs.bias
 
 
 def _unflatten(args: Any) -> _Inputs:
     """The inverse of `_flatten`."""
-    return _Inputs(
-        source=FunctionInput(*args[:5]),
-        quantizer=LSQParams(*args[5:11]),
-        weight=args[11],
-        weight_params=WeightParams(*args[12:15]),
-        bias=args[15],
+    source, quantizer, weight_params, rest = split_fields(
+        args, FunctionInput, LSQParams, WeightParams
     )
+    weight, bias = rest
+    return _Inputs(source, quantizer, weight, weight_params, bias)
 
 
 class _LsqLinear(torch.autograd.Function):

@@ -81,6 +81,20 @@ def split_params(args: Any) -> list[LSQParams]:
     return [LSQParams(*args[i : i + size]) for i in range(0, len(args), size)]
 
 
+def split_fields(args: Any, *kinds: type[Any]) -> list[Any]:
+    """Rebuild one NamedTuple of each kind from its fields, in order.
+
+    Returns:
+        The NamedTuples, and last a sequence of the remaining arguments.
+    """
+    parts = []
+    for kind in kinds:
+        size = len(kind._fields)
+        parts.append(kind(*args[:size]))
+        args = args[size:]
+    return [*parts, args]
+
+
 def quantizer_gradient(grads: LsqGradients) -> Any:
     """Gradients of a quantizer, in the order in which a Function returns them."""
     return gradient_of(LSQParams, scale=grads.scale, before=grads.before, after=grads.after)

@@ -18,6 +18,7 @@ from qat.kernels.fused.operand import (
     load_saved,
     quantizer_gradient,
     save_for_backward,
+    split_fields,
     split_params,
 )
 from qat.kernels.fused.scores import (
@@ -93,14 +94,11 @@ def _flatten(inputs: _Inputs) -> tuple[Any, ...]:
 
 def _unflatten(args: Any) -> _Inputs:
     """The inverse of `_flatten`."""
-    return _Inputs(
-        source=FunctionInput(*args[:5]),
-        scoring=Scoring(*args[5:10]),
-        weights=QkrWeights(*args[10:15]),
-        matrix_params=WeightParams(*args[15:18]),
-        v_params=WeightParams(*args[18:21]),
-        quantizers=QkrQuantizers(*split_params(args[21:])),
+    source, scoring, weights, matrix_params, v_params, rest = split_fields(
+        args, FunctionInput, Scoring, QkrWeights, WeightParams, WeightParams
     )
+    quantizers = QkrQuantizers(*split_params(rest))
+    return _Inputs(source, scoring, weights, matrix_params, v_params, quantizers)
 
 
 def _rows_of_heads(x_times_matrix: Tensor, num_heads: int) -> Tensor:
