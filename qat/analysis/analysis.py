@@ -54,7 +54,7 @@ class ImageSet:
     split: str
 
     @property
-    def n_images(self) -> int:
+    def num_images(self) -> int:
         """Number of images in all batches."""
         return sum(len(target) for _, target in self.batches)
 
@@ -71,8 +71,8 @@ class ImageSet:
             correct = (logits.argmax(-1) == target).sum().double()
             loss_sum = F.cross_entropy(logits, target, reduction="sum").double()
             sums.append(torch.stack([correct, loss_sum]))
-        n_correct, total_loss = torch.stack(sums).sum(0).tolist()
-        return {"top1": 100 * n_correct / self.n_images, "loss": total_loss / self.n_images}
+        num_correct, total_loss = torch.stack(sums).sum(0).tolist()
+        return {"top1": 100 * num_correct / self.num_images, "loss": total_loss / self.num_images}
 
 
 # A function that computes numbers from a model, which maps images to logits.
@@ -188,21 +188,21 @@ def measure(points: Sequence[EvaluationPoint], images: ImageSet) -> list[Row]:
     Returns:
         A row for each point: its key and its scores, by default `top1` (percent) and `loss`.
     """
-    log.info("%d evaluations of %d %s images", len(points), images.n_images, images.split)
+    log.info("%d evaluations of %d %s images", len(points), images.num_images, images.split)
     start = time.monotonic()
     last_log_time = start
     rows = []
-    for n_evaluated, point in enumerate(points, 1):
+    for num_evaluated, point in enumerate(points, 1):
         score = point.score or images.score
         with probing(point.net, ()), point.change(), cached_weights(point.net):
             rows.append(point.key | score(point.net))
         now = time.monotonic()
         if now - last_log_time > SECONDS_BETWEEN_LINES:
             last_log_time = now
-            seconds_left = (now - start) / n_evaluated * (len(points) - n_evaluated)
+            seconds_left = (now - start) / num_evaluated * (len(points) - num_evaluated)
             log.info(
                 "%d of %d evaluations, about %s left",
-                n_evaluated,
+                num_evaluated,
                 len(points),
                 format_duration(seconds_left),
             )

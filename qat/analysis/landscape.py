@@ -124,7 +124,7 @@ class Landscape(Analysis):
             for (batch, _), reference_logits in zip(images.batches, float_logits, strict=True):
                 logits = net(batch)
                 losses.append(info_nce(logits, reference_logits) * len(logits))
-            return {"infonce": float(torch.stack(losses).double().sum()) / images.n_images}
+            return {"infonce": float(torch.stack(losses).double().sum()) / images.num_images}
 
         return score
 

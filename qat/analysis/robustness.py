@@ -201,11 +201,11 @@ class Robustness(Analysis):
 def _mean_bits(sites: Sequence[WeightSite]) -> float:
     """Mean bits of all weights, as an int if the mean is an integer."""
     total_bits = 0
-    n_weights = 0
+    num_weights = 0
     for site in sites:
         total_bits += site.bits * site.shape.numel()
-        n_weights += site.shape.numel()
-    bits = total_bits / n_weights
+        num_weights += site.shape.numel()
+    bits = total_bits / num_weights
     return bits if bits % 1 else int(bits)
 
 

@@ -174,12 +174,12 @@ class Sensitivity(Analysis):
         summary: dict[str, Any] = {"as_is": unchanged_result}
         if changed_results:
             noise = statistics.median(result["noise"] for result in changed_results)
-            summary["noise"] = {"images": images.n_images, "loss_change": noise}
+            summary["noise"] = {"images": images.num_images, "loss_change": noise}
             limit = f"below {noise:.2g} (two standard errors, median)"
             log.info(
                 "%s: on %s, loss changes %s may be chance",
                 studied_net.label,
-                format_count(images.n_images, "image"),
+                format_count(images.num_images, "image"),
                 "of any size" if math.isnan(noise) else limit,
             )
         float_results = [result for result in changed_results if result["change"] == "in float"]
@@ -353,13 +353,13 @@ def sizes_by_bits(
     fixed_bytes = size_bytes(net)
     sizes: dict[str, dict[int, int]] = {}
     for site in adjustable:
-        n_weights = site.shape.numel()
-        fixed_bytes -= packed_bytes(n_weights, site.bits)
+        num_weights = site.shape.numel()
+        fixed_bytes -= packed_bytes(num_weights, site.bits)
         if site.bits == FLOAT_BITS:
             # `ptq.py` creates a scale and a zero point for each row of a float weight.
             fixed_bytes += 2 * FLOAT_BYTES * site.shape[0]
         all_widths = {*widths, site.bits} - {FLOAT_BITS}
-        sizes[site.name] = {bits: packed_bytes(n_weights, bits) for bits in sorted(all_widths)}
+        sizes[site.name] = {bits: packed_bytes(num_weights, bits) for bits in sorted(all_widths)}
     return fixed_bytes, sizes
 
 

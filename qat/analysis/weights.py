@@ -205,12 +205,12 @@ def _spread(images: ImageSet) -> Tensor:
 def _weighted_mean(rows: Sequence[Row], column: str) -> float:
     """Mean of a column over all weights in the rows that have the column; NaN if none has it."""
     weighted_sum = 0
-    n_weights = 0
+    num_weights = 0
     for row in rows:
         if column in row:
             weighted_sum += row[column] * row["weights"]
-            n_weights += row["weights"]
-    return weighted_sum / n_weights if n_weights else math.nan
+            num_weights += row["weights"]
+    return weighted_sum / num_weights if num_weights else math.nan
 
 
 def _draw_histograms(file: str, title: str, weights: Sequence[tuple[LatentWeight, Row]]) -> Drawing:

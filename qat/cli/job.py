@@ -66,7 +66,11 @@ def run_task(
     if not ranks.is_first():
         logging.getLogger().setLevel(logging.ERROR)
     try:
-        task = _find_task(cfg, in_sweep=in_sweep, with_traceback=with_traceback)
+        check_choice("command", cfg.command, tuple(settings.COMMANDS))
+        _arrange_processes(cfg, in_sweep=in_sweep, with_traceback=with_traceback)
+        if "resume" in cfg:
+            cfg.resume = slurm.implied_resume(cfg.resume, folder, overwrite=cfg.overwrite)
+        task = _find_task(cfg)
         with run_dir.hold_lock(cfg.run_dir), signals.handle_signals():
             return sweep.sweep_result(task(cfg))
     except Preempted as stop:
@@ -137,20 +141,26 @@ def _report_failure(
         _write_error(cfg, message, state)
 
 
-def _find_task(
-    cfg: DictConfig, *, in_sweep: bool, with_traceback: bool
-) -> Callable[[DictConfig], float | None]:
-    """Find the task of a command.
+def _find_task(cfg: DictConfig) -> Callable[[DictConfig], float | None]:
+    """The function that does the work of a command."""
+    if cfg.get("sweep") is not None:
+        return sweep.gather_sweep
+    task = "evaluate" if cfg.command == "eval" else cfg.command
+    return getattr(importlib.import_module(f"qat.tasks.{task}"), task)
 
-    If the run needs several processes, and no launcher has started them, this process becomes
-    torchrun, and the function does not return.
+
+def _arrange_processes(cfg: DictConfig, *, in_sweep: bool, with_traceback: bool) -> None:
+    """Make this process one of as many as the run needs.
+
+    If no launcher has started them, this process becomes torchrun, which does, and the function
+    does not return.
 
     Raises:
         UsageError: a setting is invalid, or the run cannot get its processes or directory.
     """
-    check_choice("command", cfg.command, tuple(settings.COMMANDS))
     trainer = cfg.get("trainer") or {}
     slurm.check_processes(trainer)
+    slurm.set_address()
     # `analyze` and predictions refuse several devices themselves, and `export` has no trainer. No
     # processes are started for them.
     has_one_process = cfg.command in {"analyze", "export"} or cfg.get("predict") is not None
@@ -164,12 +174,6 @@ def _find_task(
         run_dir.lock_for_ranks(cfg.run_dir)
         os.environ[FULL_ERROR] = str(int(with_traceback))
         ranks.become_torchrun(num_processes, _command_line(cfg))
-    if "resume" in cfg:
-        cfg.resume = slurm.implied_resume(cfg.resume, Path(cfg.run_dir), overwrite=cfg.overwrite)
-    if cfg.get("sweep") is not None:
-        return sweep.gather_sweep
-    task = "evaluate" if cfg.command == "eval" else cfg.command
-    return getattr(importlib.import_module(f"qat.tasks.{task}"), task)
 
 
 def _command_line(cfg: DictConfig) -> list[str]:

@@ -54,7 +54,7 @@ MAX_RELATIVE_ERROR = 0.05
 Codes = dict[str, tuple[Tensor, Tensor]]
 # Output tensors by name.
 Outputs = dict[str, Tensor]
-CodesOf = Callable[[Tensor], tuple[Outputs, Codes]]
+RunGraph = Callable[[Tensor], tuple[Outputs, Codes]]
 
 
 @dataclass
@@ -156,8 +156,8 @@ def check_onnx(net: nn.Module, path: Path, batches: Iterable[Tensor]) -> CheckRe
         try:
             session = open_session(path, runtime)
             outputs = functools.partial(session_outputs, session, names, batch=batch_size)
-            open_codes = None if is_half else functools.partial(graph_codes, model, runtime)
-            agreement = compare(net, outputs, open_codes, batches)
+            open_graph = None if is_half else functools.partial(graph_codes, model, runtime)
+            agreement = compare(net, outputs, open_graph, batches)
             if is_half:
                 check_difference(agreement, net, batches, lambda x: x.half().float(), factor=4)
         except RuntimeError as error:
@@ -209,17 +209,17 @@ def _message(error: RuntimeError) -> str:
 
 def compare(
     net: nn.Module,
-    outputs: Callable[[Tensor], object],
-    open_codes: Callable[[], CodesOf] | None,
+    compute_outputs: Callable[[Tensor], object],
+    open_graph: Callable[[], RunGraph] | None,
     batches: Iterable[Tensor],
 ) -> Agreement:
     """Compare an exported or rewritten version of a model with the model.
 
     Args:
         net: a quantized model, frozen or not.
-        outputs: function that computes the outputs of the other version, in a form that
+        compute_outputs: function that computes the outputs of the other version, in a form that
             `named_outputs` accepts.
-        open_codes: returns a function that maps an image (1, C, H, W) to outputs and codes of the
+        open_graph: returns a function that maps an image (1, C, H, W) to outputs and codes of the
             other version; None = compare only outputs, and report no problem.
         batches: images (B, C, H, W) each.
     """
@@ -229,7 +229,7 @@ def compare(
     for x in batches:
         with probing(net, ()):
             expected_batches.append(named_outputs(net(x)))
-            actual_batches.append(named_outputs(outputs(x)))
+            actual_batches.append(named_outputs(compute_outputs(x)))
         images += x.split(1)
     expected = _concatenate(expected_batches)
     actual = _match_queries(expected, _concatenate(actual_batches))
@@ -250,13 +250,13 @@ def compare(
         agreement.cosine = float(cosines.min())
     if BOXES in expected:
         agreement.boxes = float((expected[BOXES] - actual[BOXES]).abs().max())
-    if open_codes is None or not differing_images:
+    if open_graph is None or not differing_images:
         return agreement
 
-    codes_of = open_codes()
+    run_graph = open_graph()
     examined_images = differing_images[:MAX_EXAMINED]
     for i in examined_images:
-        graph_result = codes_of(images[i])
+        graph_result = run_graph(images[i])
         image_outputs = {name: output[i : i + 1] for name, output in actual.items()}
         allowed = TOLERANCE
         if agreement.relative_error <= MAX_RELATIVE_ERROR:
@@ -399,7 +399,7 @@ def outputs_and_codes(net: nn.Module, image: Tensor) -> tuple[Outputs, Codes]:
     return outputs, codes
 
 
-def graph_codes(model: Any, runtime: str) -> CodesOf:
+def graph_codes(model: Any, runtime: str) -> RunGraph:
     """Return a function that computes the outputs and codes of an ONNX model for an image.
 
     The function runs a copy of the model that also returns the inputs and outputs of all

@@ -56,8 +56,7 @@ def slurm_nodes() -> int:
 def check_processes(trainer: Mapping[str, Any]) -> None:
     """Compare the processes that SLURM started with `trainer.devices` and `trainer.num_nodes`.
 
-    If the numbers differed, processes would wait for each other. On a single node, this function
-    also sets the address at which the processes connect, if it is unset.
+    If the numbers differed, processes would wait for each other.
 
     Raises:
         UsageError: the numbers differ or are unknown; or in a batch job of several tasks, srun did
@@ -84,8 +83,15 @@ def check_processes(trainer: Mapping[str, Any]) -> None:
                 f"trainer.{name}={trainer.get(name, 1)!r}: SLURM has {started} {unit}; "
                 f"must be {started}, which trainer=slurm sets"
             )
-    if slurm_nodes() == 1:
-        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")  # the name of the node may not resolve
+
+
+def set_address() -> None:
+    """If srun started the processes on one node, set the address at which they connect, if unset.
+
+    By default it is the name of the node, which may not resolve.
+    """
+    if is_srun_task() and "TORCHELASTIC_RUN_ID" not in os.environ and slurm_nodes() == 1:
+        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
 
 
 def _check_single_process() -> None:

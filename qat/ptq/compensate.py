@@ -25,7 +25,7 @@ _SETTING = "ptq.method='compensate'"
 log = logging.getLogger(__name__)
 
 
-def compensate(net: nn.Module, reference: nn.Module, batches: Iterable[Any]) -> int:
+def compensate(net: nn.Module, float_net: nn.Module, batches: Iterable[Any]) -> int:
     """Fit each layer of a calibrated net to the same layer of the float net, in place.
 
     Quantized Linears and convolutions are fitted in the order in which they run. Layers that do not
@@ -38,21 +38,21 @@ def compensate(net: nn.Module, reference: nn.Module, batches: Iterable[Any]) -> 
 
     Args:
         net: a net converted with a `PtqRecipe`, whose scales are set; it runs in eval mode.
-        reference: the float net before conversion, with the same module names, on the same device.
+        float_net: the float net before conversion, with the same module names, on the same device.
         batches: images (B, C, H, W) each, or (images, labels) as from a loader.
 
     Returns:
         Number of fitted layers.
 
     Raises:
-        UsageError: there is no layer to fit, the reference is quantized, or activations are not
+        UsageError: there is no layer to fit, the float net is quantized, or activations are not
             finite.
     """
     images = [calibration_images(batch, net) for batch in batches]
     num_fitted = 0
     skipped_layers = []
-    with probing(net, []), probing(reference, []):
-        units, runner, float_runner = find_units(net, reference, images, _SETTING)
+    with probing(net, []), probing(float_net, []):
+        units, runner, float_runner = find_units(net, float_net, images, _SETTING)
         for unit, layers in units.items():
             with runner.at(unit), float_runner.at(unit):
                 for site in layers:

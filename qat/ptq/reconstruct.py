@@ -104,7 +104,7 @@ def _disable_gradients(*nets: nn.Module) -> Generator[None]:
 
 def reconstruct(
     net: nn.Module,
-    reference: nn.Module,
+    float_net: nn.Module,
     images: Tensor,
     settings: ReconstructSettings,
     *,
@@ -121,7 +121,7 @@ def reconstruct(
 
     Args:
         net: a net converted with a `PtqRecipe`, whose scales are set; it runs in eval mode.
-        reference: the float net before conversion, with the same module names, on the same device.
+        float_net: the float net before conversion, with the same module names, on the same device.
         images: (N, C, H, W), in the dtype of the net.
         settings: settings of the reconstruction.
         run_dir: folder of `reconstruct.ckpt` and `reconstruct.csv`, written after each unit; None =
@@ -136,18 +136,18 @@ def reconstruct(
 
     Raises:
         UsageError: there is no unit to reconstruct, a unit does not map a tensor to a tensor, the
-            reference is quantized, there are too few images, activations or a loss are not finite,
+            float net is quantized, there are too few images, activations or a loss are not finite,
             or `reconstruct.ckpt` belongs to other settings or inputs.
     """
     device = next(net.parameters()).device
     batches = [batch.to(device) for batch in split_batches(images, settings.batch)]
-    tensors = [*net.state_dict().values(), *reference.state_dict().values(), *batches]
+    tensors = [*net.state_dict().values(), *float_net.state_dict().values(), *batches]
     progress = Progress(run_dir, "ptq.reconstruct", COLUMNS, settings, tensors, run)
     state = progress.resume() if resume else None
     if state is None:
         state = {"units": [], "tensors": {}, "seconds": 0.0}
-    with _disable_gradients(net, reference), probing(net, []), probing(reference, []):
-        units, runner, float_runner = find_units(net, reference, batches, _SETTING)
+    with _disable_gradients(net, float_net), probing(net, []), probing(float_net, []):
+        units, runner, float_runner = find_units(net, float_net, batches, _SETTING)
         net.load_state_dict(state["tensors"], strict=False)
         num_finished = len(state["units"])
         if num_finished:

@@ -320,29 +320,29 @@ class Runner:
 
 
 def find_units(
-    net: nn.Module, reference: nn.Module, batches: Sequence[Tensor], setting: str
+    net: nn.Module, float_net: nn.Module, batches: Sequence[Tensor], setting: str
 ) -> tuple[dict[str, list[Site]], Runner, Runner]:
     """Find the units to fit one by one: blocks, and quantized layers outside blocks.
 
     Blocks and layers that do not run exactly once in a forward are left out. So are units that
-    do not run in `reference`, such as a layer whose weight a float attention reads directly.
+    do not run in `float_net`, such as a layer whose weight a float attention reads directly.
 
     Args:
         net: a converted net whose scales are set.
-        reference: the float net before its conversion.
+        float_net: the float net before its conversion.
         batches: images (B, C, H, W) each, on the device of the nets.
         setting: the setting that needs the units, for messages.
 
     Returns:
         A dict that maps the name of each unit to the sites of its quantized weights, all in the
-        order in which they run. A runner of `net`. A runner of `reference`.
+        order in which they run. A runner of `net`. A runner of `float_net`.
 
     Raises:
-        UsageError: the net has no blocks with quantized weights, or the reference is quantized.
+        UsageError: the net has no blocks with quantized weights, or the float net is quantized.
     """
-    if not all(site.quantizer.is_float for site in iter_quantizers(reference)):
+    if not all(site.quantizer.is_float for site in iter_quantizers(float_net)):
         raise UsageError(
-            f"{setting}: the reference is quantized; must be a copy of the model made before "
+            f"{setting}: the float net is quantized; must be a copy of the model made before "
             "qat.convert"
         )
     blocks = find_blocks(net)
@@ -364,7 +364,7 @@ def find_units(
         sites_of.setdefault(unit_of[site.name], []).append(site)
     units = {name: sites_of[name] for name in order.position if name in sites_of}
     entries = {name: [name] for name in units}
-    float_runner = Runner(reference, entries, batches)
+    float_runner = Runner(float_net, entries, batches)
     units = {name: sites for name, sites in units.items() if name in float_runner.entries}
     return units, Runner(net, entries, batches), float_runner
 

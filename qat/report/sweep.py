@@ -182,8 +182,8 @@ def group_rows(jobs: Sequence[Row]) -> list[dict[str, str]]:
     available_measures = [name for name in MEASURES if finished_values(jobs, name)]
     rows = []
     for settings, group in group_jobs(jobs):
-        n_done = sum(job["status"] == "done" for job in group)
-        row = settings | {"n": str(n_done)}
+        num_done = sum(job["status"] == "done" for job in group)
+        row = settings | {"n": str(num_done)}
         for name in available_measures:
             heading, _ = MEASURES[name]
             row[heading] = format_mean(group, name)

@@ -85,7 +85,7 @@ def analyze(cfg: DictConfig) -> None:
         default = data.evaluation_split if analysis.split == "test" else analysis.split
         images = _load_images(data, cfg.split or default, cfg.images, device)
         data_text = summary.describe_data(data)
-        entries["images"] = f"{images.n_images} of the {images.split} split; {data_text}"
+        entries["images"] = f"{images.num_images} of the {images.split} split; {data_text}"
     entries["outputs"] = str(run_dir)
     log.info(summary.aligned_lines("qat: analysis", entries))
 

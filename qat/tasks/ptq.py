@@ -235,14 +235,14 @@ def _calibrate(quantized: EvaluatedNet, batches: list[Tensor], trainer: Trainer)
 def _fit_weights(
     cfg: DictConfig,
     net: nn.Module,
-    reference: nn.Module,
+    float_net: nn.Module,
     batches: list[Tensor],
     settings: ReconstructSettings | None,
     trainer: Trainer,
 ) -> dict[str, Any]:
     """Compensate weights, and with `settings` reconstruct them; return facts for `results.json`."""
     fit_start_time = time.monotonic()
-    layers = compensate(net, reference, batches)
+    layers = compensate(net, float_net, batches)
     if settings is None:
         return {
             "compensation": {
@@ -252,7 +252,7 @@ def _fit_weights(
         }
     facts = reconstruct(
         net,
-        reference,
+        float_net,
         torch.cat(batches),
         settings,
         context=trainer.precision_plugin.forward_context,

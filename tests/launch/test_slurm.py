@@ -124,6 +124,23 @@ def test_others_are_not(place, variables, typed):
 
 
 @pytest.mark.parametrize(
+    ("variables", "address"),
+    [
+        (TASK, "127.0.0.1"),
+        ({**TASK, "MASTER_ADDR": "node7"}, "node7"),
+        (PAIR, None),  # Lightning takes the name of the first node
+        ({**TASK, "TORCHELASTIC_RUN_ID": "none"}, None),
+        (BATCH, None),
+    ],
+    ids=["one node", "already set", "two nodes", "torchrun", "no srun"],
+)
+def test_processes_of_one_node_meet_at_its_own_address(place, variables, address):
+    place(variables)
+    slurm.set_address()
+    assert os.environ.get("MASTER_ADDR") == address
+
+
+@pytest.mark.parametrize(
     ("variables", "expected"),
     [
         (TASK, SLURMEnvironment),

@@ -104,5 +104,5 @@ def test_activations_that_are_not_finite_are_refused(fit):
         reference.blocks[1].mlp.fc1.bias[0] = torch.inf
     with usage_error(r"the activations of blocks\.1 are NaN or infinite"):
         fit(net, reference, IMAGES)
-    with usage_error("the reference is quantized"):
+    with usage_error("the float net is quantized"):
         fit(net, net, IMAGES)

@@ -61,7 +61,7 @@ class Bare(Analysis):
 
     def run(self, nets, images):
         rows = [{"net": net.label, **images.score(net.net)} for net in nets]
-        return Outcome({"n": images.n_images, "word": self.word}, [Table("bare", "Bare", rows)])
+        return Outcome({"n": images.num_images, "word": self.word}, [Table("bare", "Bare", rows)])
 
 
 def bare(run_dir, *overrides, **settings):
