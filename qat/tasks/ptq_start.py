@@ -88,7 +88,7 @@ def check_run_dir(cfg: DictConfig) -> None:
 
     Raises:
         UsageError: with `resume=true`, there is nothing to resume; a dry run would change the
-            directory; or it belongs to another run, without `overwrite`.
+            directory; or it belongs to another command, or without `overwrite` to another run.
     """
     run_dir = Path(cfg.run_dir)
     if cfg.resume is True and _state_file(run_dir) is None:
@@ -101,6 +101,8 @@ def check_run_dir(cfg: DictConfig) -> None:
             f"trainer.fast_dev_run: resume={cfg.resume!r} would change {str(run_dir)!r}; "
             "a dry run must have resume=false and another run_dir"
         )
+    # Even `overwrite` leaves files of other commands, which a report would mix with new ones.
+    outputs.check_own(run_dir, cfg.command)
     if cfg.overwrite:
         return
     if cfg.resume:

@@ -12,7 +12,7 @@ from qat.model.ptq_spec import TRAINING_KNOBS
 from qat.tasks import build
 from qat.tasks.ptq_start import build_ptq_recipe
 from qat.tasks.results import recipe_fields
-from tests.conftest import TINY, compose, results, tiny, train
+from tests.conftest import TINY, compose, contents, results, tiny, train
 from tests.data.files import write_folder
 from tests.system.test_configs import choices
 from tests.tasks.test_evaluate import DIGITS, counted, last
@@ -213,6 +213,16 @@ def test_a_directory_with_a_result_is_not_overwritten(
     quantize(run, *arguments[1:], "overwrite=true")
     assert (run / "quantized.ckpt").read_bytes() != before
     assert not (run / "search.ckpt").exists()
+
+
+@pytest.mark.parametrize("typed", ["", "overwrite=true", "resume=auto"])
+def test_a_directory_of_training_is_refused(tmp_path, refused, float_run, typed):
+    run = tmp_path / "run"
+    shutil.copytree(float_run, run)
+    before = contents(run)
+    line = refused(compose("ptq", f"run_dir={run}", f"ckpt={last(float_run)}", *typed.split()))
+    assert line.endswith("/best.ckpt already; choose another run_dir")
+    assert contents(run) == before
 
 
 def test_images_without_splits_are_split(tmp_path, quantized_run):
