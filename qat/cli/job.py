@@ -65,21 +65,23 @@ def run_task(
     state = run_dir.RunDirState(folder)
     if not ranks.is_first():
         logging.getLogger().setLevel(logging.ERROR)
-    try:
-        check_choice("command", cfg.command, tuple(settings.COMMANDS))
-        _arrange_processes(cfg, in_sweep=in_sweep, with_traceback=with_traceback)
-        if "resume" in cfg:
-            cfg.resume = slurm.implied_resume(cfg.resume, folder, overwrite=cfg.overwrite)
-        task = _find_task(cfg)
-        with run_dir.hold_lock(cfg.run_dir), signals.handle_signals():
-            return sweep.sweep_result(task(cfg))
-    except Preempted as stop:
-        sys.exit(_end_stopped_run(cfg, stop, state, command))
-    except Exception as error:
-        message_line = error_line(error)
-        if with_traceback or (message_line is None and not in_sweep):
-            raise
-        _report_failure(cfg, error, message_line, state)
+    with contextlib.ExitStack() as lock:  # until an error is recorded, too
+        try:
+            check_choice("command", cfg.command, tuple(settings.COMMANDS))
+            _arrange_processes(cfg, in_sweep=in_sweep, with_traceback=with_traceback)
+            if "resume" in cfg:
+                cfg.resume = slurm.implied_resume(cfg.resume, folder, overwrite=cfg.overwrite)
+            task = _find_task(cfg)
+            lock.enter_context(run_dir.hold_lock(cfg.run_dir))
+            with signals.handle_signals():
+                return sweep.sweep_result(task(cfg))
+        except Preempted as stop:
+            sys.exit(_end_stopped_run(cfg, stop, state, command))
+        except Exception as error:
+            message_line = error_line(error)
+            if with_traceback or (message_line is None and not in_sweep):
+                raise
+            _report_failure(cfg, error, message_line, state)
     if not in_sweep:
         sys.exit(1)
     return sweep.sweep_result(math.nan)

@@ -18,7 +18,7 @@ from qat.cli import job
 from qat.launch import run_dir
 from qat.launch.run_dir import UsedError
 from tests.commands import typed
-from tests.conftest import ROOT, TINY, contents, tiny
+from tests.conftest import ROOT, TINY, contents, results, tiny
 
 CONTEXT = multiprocessing.get_context("fork")
 
@@ -133,3 +133,18 @@ def test_a_file_system_without_locks_prevents_no_run(tmp_path, monkeypatch, capl
     (warning,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert warning.startswith(f"run_dir='{tmp_path / 'run'}': this file system has no locks")
     assert contents(tmp_path) == {}
+
+
+def test_a_directory_is_locked_until_an_error_is_recorded(tmp_path, monkeypatch):
+    locked = []
+    write = job._write_error
+    monkeypatch.setattr(
+        job,
+        "_write_error",
+        lambda *args: (locked.append((tmp_path / "run/.lock").exists()), write(*args)),
+    )
+    with pytest.raises(SystemExit):
+        job.run_task(tiny(tmp_path / "run", "ckpt=missing.ckpt"))
+    assert locked == [True]
+    assert "missing.ckpt" in results(tmp_path / "run")["error"]
+    assert not (tmp_path / "run/.lock").exists()
