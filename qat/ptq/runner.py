@@ -338,8 +338,11 @@ def find_units(
         order in which they run. A runner of `net`. A runner of `float_net`.
 
     Raises:
-        UsageError: the net has no blocks with quantized weights, or the float net is quantized.
+        UsageError: the net has no blocks with quantized weights, the float net is quantized, or
+            there are no batches.
     """
+    if not batches:
+        raise UsageError(f"{setting}: batches is empty; must contain at least one batch of images")
     if not all(site.quantizer.is_float for site in iter_quantizers(float_net)):
         raise UsageError(
             f"{setting}: the float net is quantized; must be a copy of the model made before "

@@ -257,6 +257,8 @@ def evolve(
 def _check_arguments(
     batches: Sequence[Tensor], settings: SearchSettings, validate: Callable[[], float] | None
 ) -> None:
+    if not batches:
+        raise UsageError("search: batches is empty; must contain at least one batch of images")
     if settings.fitness == "infonce" and min(map(len, batches)) < 2:
         raise UsageError(
             "search.fitness='infonce': requires ptq.batch of at least 2; "

@@ -8,6 +8,7 @@ import qat
 from qat.model.cost import size_bytes
 from qat.ptq.compensate import RIDGE, compensate
 from qat.ptq.reconstruct import ReconstructSettings, reconstruct
+from qat.ptq.search import SearchSettings, search
 from tests import tiny
 from tests.errors import usage_error
 from tests.nets import FAMILIES
@@ -106,3 +107,13 @@ def test_activations_that_are_not_finite_are_refused(fit):
         fit(net, reference, IMAGES)
     with usage_error("the float net is quantized"):
         fit(net, net, IMAGES)
+
+
+def test_no_images_are_refused():
+    net, reference = pair(method="compensate")
+    for fit in (
+        lambda: compensate(net, reference, []),
+        lambda: search(net, [], [], SearchSettings()),
+    ):
+        with usage_error("batches is empty; must contain at least one batch of images"):
+            fit()
