@@ -12,7 +12,7 @@ from hydra._internal.utils import get_args_parser
 
 from qat.errors import UsageError
 from qat.spec import ALIASES
-from qat.tasks.conf import TRAINING_ARGUMENTS, options
+from qat.tasks.conf import options, unused_settings
 from qat.tasks.settings import COMMANDS
 
 # Our settings, and their names in other tools. A name without a group is recognized at the top
@@ -108,14 +108,14 @@ def _our_names(command: str) -> dict[str, str]:
     """Settings of a command by their names in other tools."""
     if command == "train":
         return OUR_NAMES
-    own_settings = {field.name for field in fields(COMMANDS[command])}
+    groups = {field.name for field in fields(COMMANDS[command])}
+    unused = unused_settings(command)
     names = {}
     for other, name in OUR_NAMES.items():
         group, _, knob = name.partition(".")
-        is_of_training = group == "trainer" and knob in TRAINING_ARGUMENTS
         if group == "quant" and command == "ptq":
             names[other] = names[name] = f"ptq.{knob}"
-        elif group in own_settings and not is_of_training:
+        elif group in groups and name not in unused:
             names[other] = name
     return names
 

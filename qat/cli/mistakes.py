@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from qat.errors import UsageError
-from qat.tasks.conf import options, yaml_lines
+from qat.tasks.conf import INTERNAL, options, unused_settings, yaml_lines
 from qat.utils.validate import unknown_message
 
 ANY_MODEL = "; any model of timm: model=NAME, or model=hf-hub:timm/NAME"
@@ -52,10 +52,14 @@ def _unknown_setting(error: ConfigKeyError | ConfigAttributeError) -> str | None
     group = error.parent_node
     if group is None:
         return None
-    siblings = map(str, group) if OmegaConf.is_dict(group) else ()
+    siblings = []
+    if OmegaConf.is_dict(group):
+        siblings = [str(name) for name in group if not str(name).startswith(INTERNAL)]
+    root = group._get_root()
+    unused = unused_settings(root.get("command"))
     names = []
-    for _, name, _ in yaml_lines(OmegaConf.to_yaml(group._get_root())):
-        if not name.startswith(("hydra", "callbacks", "default_")):
+    for _, name, _ in yaml_lines(OmegaConf.to_yaml(root)):
+        if not name.startswith((*INTERNAL, "callbacks")) and name not in unused:
             names.append(name)
     return unknown_message(str(error.full_key or error.key), str(error.key), siblings, names)
 

@@ -26,6 +26,8 @@ from qat.tasks.settings import COMMANDS
 # In a clone, `qat/conf` is a link to the top-level folder `conf/`.
 CONF = (Path(__file__).parents[1] / "conf").resolve()
 SWIN_STAGES = 4
+# Prefixes of names in a config that are not for users.
+INTERNAL = ("hydra", "command", "sweep_dir", "default_")
 # Arguments of Lightning's trainer that only training uses.
 TRAINING_ARGUMENTS = (
     "max_epochs",
@@ -114,15 +116,19 @@ def _overridden_groups(experiment: str) -> set[str]:
     return groups
 
 
+def unused_settings(command: str) -> set[str]:
+    """Settings in the config of a command that only training uses; `--help` hides them."""
+    if command == "train":
+        return set()
+    return {f"trainer.{name}" for name in TRAINING_ARGUMENTS}
+
+
 def config_in_words(*, _root_: DictConfig) -> str:
     """Settings of a command for `--help`, with their comments in `conf/`."""
     comments = _setting_comments(_root_.command)
     names = [str(name) for name in _root_]
-    prefixes = ("hydra", "command", "sweep_dir", "default_")
-    own_names = [name for name in names if not name.startswith(prefixes)]
-    hidden_names = set()
-    if _root_.command != "train":
-        hidden_names = {f"trainer.{name}" for name in TRAINING_ARGUMENTS}
+    own_names = [name for name in names if not name.startswith(INTERNAL)]
+    hidden_names = unused_settings(_root_.command)
     lines = []
     for line, name, _ in yaml_lines(OmegaConf.to_yaml(OmegaConf.masked_copy(_root_, own_names))):
         if name in hidden_names:

@@ -198,6 +198,13 @@ def test_corrections_name_settings_that_there_are(command):
     assert settings >= {"ckpt", "run_dir", "data.batch_size", "model.name"}
 
 
+def test_an_unknown_setting_is_answered_with_settings_that_the_command_uses(tmp_path):
+    code, out = typed("eval.py", "run_dir=run", "epochs=3", cwd=tmp_path)
+    names = "ckpt, ckpt_act_bits, ckpt_bits, ckpt_format, data, kernels, logger, model, predict"
+    line = f"error: epochs: unknown; must be one of {names}, report, run_dir, seed, split, trainer"
+    assert line in (out or code)
+
+
 def test_an_argument_that_is_right_needs_no_correction():
     given = [
         "data=digits",

@@ -176,7 +176,7 @@ BUDGETS = {
     "qat": 202000,
     "qat/analysis": 12600,
     "qat/callbacks": 7800,
-    "qat/cli": 5300,
+    "qat/cli": 5400,
     "qat/data": 11700,
     "qat/export": 15900,
     "qat/functional": 12450,
