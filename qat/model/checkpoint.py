@@ -31,6 +31,8 @@ _TRAINED_KEYS = ("state_dict", "model")
 _WRAPPER_PREFIX = re.compile(r"^(_orig_mod\.)?module\.|_orig_mod\.")
 # Suffixes of files that `qat export` writes for other runtimes.
 _EXPORT_SUFFIXES = (".onnx", ".pte")
+# Checkpoints in a run directory, the best one first.
+_FILES_OF_RUNS = ("checkpoints/best.ckpt", "quantized.ckpt", "checkpoints/last.ckpt")
 
 
 @dataclass(frozen=True)
@@ -109,7 +111,12 @@ def read_checkpoint(
 
 def _read_file(path: Path, origin: str) -> Any:
     if path.is_dir():
-        raise UsageError(f"{origin}: must be a file, not a folder")
+        hint = ""
+        for name in _FILES_OF_RUNS:
+            if (path / name).is_file():
+                hint = f"; this one contains {name}"
+                break
+        raise UsageError(f"{origin}: must be a file, not a folder{hint}")
     if not path.is_file():
         raise UsageError(f"{origin}: no such file")
     if path.suffix.lower() in _EXPORT_SUFFIXES:

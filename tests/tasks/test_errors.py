@@ -174,7 +174,10 @@ TRAIN = [
     ("ckpt=/nowhere.ckpt", r"ckpt='/nowhere\.ckpt': no such file"),
     ("ckpt=3", "ckpt=3: must be a path"),
     ("ckpt=a.ckpt model.weights=b.pt", "ckpt and model.weights are set: a model starts from one of them"),
-    ("ckpt={run}", r"ckpt='.*': must be a file, not a folder"),
+    (
+        "ckpt={run}",
+        r"ckpt='.*': must be a file, not a folder; this one contains checkpoints/best\.ckpt",
+    ),
     ("ckpt={run}/config.yaml", r"ckpt='.*config\.yaml': not a checkpoint .*must be a file of torch\.save or safetensors"),
     ("ckpt={files}/cut.ckpt", r"ckpt='.*cut\.ckpt': not a checkpoint .*damaged"),
     ("ckpt={files}/nan.ckpt", r"ckpt='.*nan\.ckpt': weight blocks\.0\.mlp\.fc1\.weight is NaN or infinite"),
