@@ -139,12 +139,12 @@ def recipe_fields(recipe: QuantRecipe) -> dict[str, Any]:
     return {"quant": name, "recipe": recipe.to_dict()}
 
 
-def score_fields(metrics: Mapping[str, float], costs: Cost, classes: int) -> dict[str, Any]:
+def score_fields(metrics: Mapping[str, float], costs: Cost, num_classes: int) -> dict[str, Any]:
     """Entries of `results.json` with the results of a test loop and of `qat.model.cost`.
 
     There is no `top5` for five classes or fewer, because it would always be 100 %.
     """
-    keys = ["top1", "top5", "loss"] if classes > 5 else ["top1", "loss"]
+    keys = ["top1", "top5", "loss"] if num_classes > 5 else ["top1", "loss"]
     scores = {key: metrics[f"test/{key}"] for key in keys}
     return scores | size_fields(costs)
 

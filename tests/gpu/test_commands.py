@@ -142,12 +142,14 @@ def test_post_training(trained, settings, tmp_path):
     "settings",
     [("ptq=reconstruct_w4a4", "ptq.reconstruct.steps=5"), ("ptq=evolq_w4a8", "search.passes=1")],
 )
-def test_post_training_goes_on_from_its_file(trained, settings, tmp_path):
+def test_post_training_goes_on_from_its_file(trained, settings, tmp_path, caplog):
+    caplog.set_level("INFO")
     found = []
     for resume in ("false", "true"):
         ptq(compose("ptq", f"run_dir={tmp_path}", f"ckpt={trained[0]}", "data.calibration_images=100", "ptq.batch=20", "trainer=gpu",
                     *settings, f"resume={resume}"))  # fmt: skip
         found.append(qat.load(tmp_path / "quantized.ckpt").state_dict())
+    assert "resumed after" in caplog.text
     assert all(torch.equal(found[0][name], value) for name, value in found[1].items())
 
 
