@@ -1,4 +1,4 @@
-"""The root scripts and `qat` as they are typed, in this process: imports, which take most of a command's time, are done once."""
+"""Run the root scripts and `qat` in this process, because imports take most of their time."""
 
 import contextlib
 import io
@@ -18,9 +18,17 @@ from tests.conftest import ROOT
 
 
 def typed(script, *arguments, cwd):
-    """Run `python SCRIPT ARGUMENTS`, or `qat ARGUMENTS`, in the folder `cwd`; gives its exit code and what it printed."""
-    root, out, interrupt = logging.getLogger(), io.StringIO(), signal.getsignal(signal.SIGINT)
-    handlers, level, environment = root.handlers[:], root.level, dict(os.environ)
+    """Run `python SCRIPT ARGUMENTS`, or `qat ARGUMENTS`, in the folder `cwd`.
+
+    Returns:
+        The exit code and the output.
+    """
+    out = io.StringIO()
+    root = logging.getLogger()
+    handlers = root.handlers[:]
+    level = root.level
+    environment = dict(os.environ)
+    interrupt = signal.getsignal(signal.SIGINT)
     argv = ["qat" if script == "qat" else str(ROOT / script), *map(str, arguments)]
     try:
         with (
@@ -40,7 +48,8 @@ def typed(script, *arguments, cwd):
         signal.signal(signal.SIGINT, interrupt)
         for handler in set(root.handlers) - set(handlers):
             handler.close()
-        root.handlers[:], root.level = handlers, level
+        root.handlers[:] = handlers
+        root.level = level
         GlobalHydra.instance().clear()
         HydraConfig.instance().cfg = None
         os.environ.clear()
@@ -49,7 +58,10 @@ def typed(script, *arguments, cwd):
 
 
 def run_python(*arguments, cwd=ROOT, timeout=600, **environment):
-    """Run `python ARGUMENTS` as a process of its own; gives what `subprocess.run` does. A variable that is None is not set."""
+    """Run `python ARGUMENTS` in another process; return the result of `subprocess.run`.
+
+    An environment variable that is None is unset.
+    """
     variables = {**os.environ, **environment}
     return subprocess.run(
         [sys.executable, *arguments],

@@ -1,4 +1,4 @@
-"""Composed configs, small runs that several tests share, and data files in the formats that commands read."""
+"""Configs, small runs that several tests share, and data files in the formats that commands read."""
 
 import collections
 import copy
@@ -22,9 +22,9 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from PIL import Image
 
-# Nets here are too small for threads to help, and threads that wait for a busy core cost more than all else.
+# The models of the tests are too small for several threads, which would wait for each other.
 torch.set_num_threads(int(os.environ.get("QAT_TEST_THREADS", "1")))
-# `make test &` has its processes ignore Ctrl-C, which tests send.
+# The processes of `make test &` ignore Ctrl-C by default, but some tests send it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -39,7 +39,10 @@ TINY = (
 
 
 def compose(config, *overrides):
-    """The config of a command, as Hydra hands it to the task. No report unless asked for: it takes longer than a tiny run."""
+    """The config of a command as a task gets it.
+
+    A report, which takes longer than a tiny run, is written only with `report=true`.
+    """
     from qat.tasks import conf  # noqa: F401  (registers schemas and functions of conf/)
 
     quiet = ["report=false"] if config in {"train", "eval", "ptq", "analyze"} else []
@@ -52,19 +55,19 @@ def compose(config, *overrides):
             parsed = OverridesParser.create().parse_overrides(values)
             ConfigLoaderImpl._apply_overrides_to_config(parsed, cfg)
         except HydraException:
-            return hydra.compose(config, overrides=overrides)  # raises what a command does
+            return hydra.compose(config, overrides=overrides)  # raises the error of the command
     return cfg
 
 
 def names_a_file(override):
-    """Whether it chooses a file of conf/, as quant=ofq_2bit does, or how Hydra itself works."""
+    """True if an override chooses a file of conf/ (`quant=ofq_2bit`) or is a setting of Hydra."""
     key = override.partition("=")[0].lstrip("+~").partition("@")[0]
     return key.startswith("hydra") or (ROOT / "conf" / key).is_dir()
 
 
 @functools.cache
 def composed(config, *files):
-    """Reading the files of a config takes a quarter of a second; values change it in no time."""
+    """A config from files only, cached because reading them takes a quarter of a second."""
     return hydra.compose(config, overrides=list(files))
 
 
@@ -74,7 +77,7 @@ def tiny(run_dir, *overrides):
 
 
 def train(run_dir, *overrides):
-    """Train a tiny net; gives `run_dir` back."""
+    """Train a tiny model, and return `run_dir`."""
     from qat.tasks.train import train as task
 
     task(tiny(run_dir, *overrides))
@@ -82,7 +85,7 @@ def train(run_dir, *overrides):
 
 
 def evaluate(run_dir, *overrides):
-    """Evaluate; gives the results back."""
+    """Run the task of `eval.py`, and return its results."""
     from qat.tasks.evaluate import evaluate as task
 
     task(compose("eval", f"run_dir={run_dir}", *overrides))
@@ -131,7 +134,7 @@ def full(tmp_path_factory):
 
 @pytest.fixture
 def refused(caplog):
-    """Run a command that has to fail on a known mistake; gives the line it prints."""
+    """A function that runs a command, expects a known mistake, and returns the printed line."""
     from qat.cli import job
 
     def line(cfg):
@@ -155,7 +158,7 @@ def encoded(pixels, fmt="PNG"):
 
 
 def write_parquet(path, contents, labels, column="img", label_column="label"):
-    """Write a file as Hugging Face's `datasets` does: a struct of encoded bytes and a path, and an integer."""
+    """Write images and labels as the `datasets` library of Hugging Face does."""
     path.parent.mkdir(parents=True, exist_ok=True)
     struct = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
     cells = pa.array(
@@ -165,7 +168,7 @@ def write_parquet(path, contents, labels, column="img", label_column="label"):
 
 
 def write_cifar(root, train=40, test=10, seed=0):
-    """A folder like CIFAR-10's with random 32 x 32 images, four classes."""
+    """Write random images of four classes in the layout of CIFAR-10; return the folder."""
     rng = np.random.default_rng(seed)
     for split, n in (("train", train), ("test", test)):
         pixels = rng.integers(0, 256, (n, 32, 32, 3), dtype=np.uint8)
@@ -176,25 +179,25 @@ def write_cifar(root, train=40, test=10, seed=0):
 
 
 def pytest_collection_finish():
-    """Libraries and tests stay to the end: to look for garbage among them takes a twelfth of the time."""
+    """Exclude libraries and tests from garbage collection, which takes a twelfth of the time."""
     gc.collect()
     gc.freeze()
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """Mark all but n cases of a test with `sample(n)` as long, and put what takes a minute first.
+    """Mark all but n cases of a test with `sample(n)` as long, and put the longest tests first.
 
-    Otherwise one process would be at it while the others have nothing left.
+    If a long test came last, one process would run it while the others have finished.
     """
     cases = collections.defaultdict(list)
     for item in items:
         if item.get_closest_marker("sample") and not item.get_closest_marker("long"):
             cases[item.nodeid.partition("[")[0]].append(item)
-    for several in cases.values():
-        number = several[0].get_closest_marker("sample").args[0]
-        chosen = {i * len(several) // number for i in range(number)}
-        for i, item in enumerate(several):
+    for items_of_test in cases.values():
+        sample_size = items_of_test[0].get_closest_marker("sample").args[0]
+        chosen = {i * len(items_of_test) // sample_size for i in range(sample_size)}
+        for i, item in enumerate(items_of_test):
             if i not in chosen:
                 item.add_marker(pytest.mark.long)
     items.sort(key=lambda item: "[README.md]" not in item.name)

@@ -1,4 +1,4 @@
-"""Errors that a user reads."""
+"""Check the messages of errors."""
 
 import contextlib
 
@@ -9,7 +9,7 @@ import qat
 
 @contextlib.contextmanager
 def usage_error(match):
-    """A context that must end in a `UsageError` of one line that fits the pattern."""
+    """Context in which a `UsageError` must be raised whose message is one line and matches."""
     with pytest.raises(qat.UsageError, match=match) as caught:
         yield caught
     assert "\n" not in str(caught.value)

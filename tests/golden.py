@@ -1,4 +1,4 @@
-"""Golden cases: which exist in `$QAT_GOLDENS`, and their arrays as tensors."""
+"""Find golden cases in `$QAT_GOLDENS`, and read their arrays as tensors."""
 
 import functools
 import os
@@ -23,39 +23,39 @@ def _arrays(file: str) -> dict[str, np.ndarray]:
 
 
 def cases(file: str, pattern: str) -> list[str]:
-    """Names of the cases (everything before a key's last slash) that match a pattern as a whole."""
+    """Names of the cases that match a pattern; a name is the part of a key before its last slash."""
     names = {key.rpartition("/")[0] for key in _arrays(file)}
     return sorted(name for name in names if re.fullmatch(pattern, name))
 
 
 def parametrize(file: str, pattern: str):
-    """One golden test per case found; no test where the file has none of the family."""
-    found = cases(file, pattern)
-    return lambda test: pytest.mark.golden(pytest.mark.parametrize("case", found)(test))
+    """A golden test for each case that matches the pattern; no test if there is none."""
+    names = cases(file, pattern)
+    return lambda test: pytest.mark.golden(pytest.mark.parametrize("case", names)(test))
 
 
 def tensor(file: str, key: str) -> torch.Tensor:
-    """One array of a case, as a tensor of its own."""
+    """An array of a case, copied to a tensor."""
     return torch.from_numpy(np.array(_arrays(file)[key]))
 
 
 def ofq(case: str, name: str) -> torch.Tensor:
-    """One array of a case of OFQ."""
+    """An array of a case of OFQ."""
     return tensor(OFQ, f"{case}/{name}")
 
 
 def scalar(file: str, key: str) -> torch.Tensor:
-    """One number of a case as a tensor; files hold them in shape () or (1,)."""
+    """A number of a case as a scalar tensor; its shape in the file is () or (1,)."""
     return tensor(file, key).reshape(())
 
 
 def number(file: str, key: str) -> float:
-    """One number of a case."""
+    """A number of a case."""
     return float(scalar(file, key))
 
 
 def below(file: str, prefix: str) -> dict[str, torch.Tensor]:
-    """All arrays whose key starts with `prefix/`, by the rest of the key."""
+    """All arrays whose keys start with `prefix/`, by the rest of the key."""
     return {
         k.removeprefix(prefix + "/"): torch.from_numpy(np.array(v))
         for k, v in _arrays(file).items()
@@ -64,5 +64,5 @@ def below(file: str, prefix: str) -> dict[str, torch.Tensor]:
 
 
 def has(file: str, key: str) -> bool:
-    """True if the file holds the array."""
+    """True if the file contains the array."""
     return key in _arrays(file)

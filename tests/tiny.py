@@ -1,4 +1,4 @@
-"""Small nets and images for the tests: 8x8 pixels, one channel, 16 patches, two blocks of width 32."""
+"""Small models and images: 8 x 8 pixels, one channel, 16 patches, two blocks of width 32."""
 
 import timm
 import torch
@@ -21,7 +21,7 @@ DISTILLED = "deit_tiny_distilled_patch16_224"
 
 
 def identical(ours, theirs):
-    """True if two state dicts, or two sequences of tensors, are equal to the bit."""
+    """True if two state dicts, or two sequences of tensors, are bitwise equal."""
     if isinstance(theirs, dict):
         if ours.keys() != theirs.keys():
             return False
@@ -32,7 +32,7 @@ def identical(ours, theirs):
 
 
 def moved_by_a_step(net, x):
-    """Names of parameters that one step of AdamW moves; all gradients have to be finite."""
+    """Names of the parameters that one step of AdamW changes; all gradients must be finite."""
     before = {name: p.detach().clone() for name, p in net.named_parameters()}
     net.train()(x).square().sum().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in net.parameters())
@@ -41,12 +41,12 @@ def moved_by_a_step(net, x):
 
 
 def randn(*shape, seed=0):
-    """Normal numbers, a function of the seed."""
+    """Random normal numbers that depend only on the seed."""
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def shake(net):
-    """Draw every parameter anew, so that no bias is zero and attention is far from uniform."""
+    """Make all parameters random, so that no bias is zero and attention is not uniform."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in net.parameters():
@@ -59,7 +59,7 @@ def shake(net):
 
 
 def vit(name=VIT, **changes):
-    """A float net in eval mode; `changes` go to timm."""
+    """A float model in eval mode; `changes` are arguments of `timm.create_model`."""
     torch.manual_seed(0)
     return shake(timm.create_model(name, **{**KWARGS, **changes})).eval()
 
@@ -70,14 +70,14 @@ def images(n=8, seed=0):
 
 
 def convert(net, recipe="ofq", **knobs):
-    """The net converted for images of `SIZE`: by a recipe, or by the preset of this name."""
+    """Convert a model for images of `SIZE` with a recipe, or with the preset of this name."""
     if isinstance(recipe, str):
         recipe = qat.recipe(recipe, **knobs)
     return qat.convert(net, recipe, input_size=SIZE)
 
 
 def fitted(net, x, recipe="ofq", **knobs):
-    """The net in eval mode, quantized for images like these, with scales from them; by a recipe or a preset."""
+    """Convert a model with a recipe or a preset, and set its scales from the images `x`."""
     if isinstance(recipe, str):
         recipe = qat.recipe(recipe, **knobs)
     qat.convert(net, recipe, input_size=tuple(x.shape[1:]))
@@ -89,27 +89,27 @@ def fitted(net, x, recipe="ofq", **knobs):
 
 
 def with_scales(net):
-    """The net with scales from data."""
+    """Set the scales of a model from images."""
     return qat.initialize_scales(net, [images()])
 
 
 def converted(preset="ofq", name=VIT, **knobs):
-    """A quantized net, scales NaN."""
+    """A quantized model whose scales are NaN."""
     return convert(vit(name), preset, **knobs)
 
 
 def quantized(preset="ofq", name=VIT, **knobs):
-    """A quantized net with scales from data, in eval mode."""
+    """A quantized model in eval mode with scales from images."""
     return with_scales(converted(preset, name, **knobs))
 
 
 def sites(net):
-    """Sites of a net by name."""
+    """Sites of a model by name."""
     return {site.name: site for site in qat.iter_quantizers(net)}
 
 
 def float_recipe(attention, **knobs):
-    """All swaps, no rounding."""
+    """A recipe that replaces all modules, but rounds nothing."""
     return qat.recipe(
         "ofq",
         attention=attention,
@@ -121,22 +121,22 @@ def float_recipe(attention, **knobs):
 
 
 def logits(net, x=None):
-    """Output of a net in eval mode."""
+    """Output of a model in eval mode."""
     with torch.no_grad():
         return net.eval()(images() if x is None else x)
 
 
 def parameters(net: nn.Module):
-    """Names, shapes and identities."""
+    """Name, shape and identity of each parameter."""
     return [(name, tuple(p.shape), id(p)) for name, p in net.named_parameters()]
 
 
 def watched(net, run=logits):
-    """What enters each quantizer and what it gives when a net runs, by name."""
-    seen = {}
+    """Input and output of each quantizer, by name, when a model runs."""
+    calls = {}
     hooks = [
         site.quantizer.register_forward_hook(
-            lambda m, args, out, name=site.name: seen.__setitem__(
+            lambda m, args, out, name=site.name: calls.__setitem__(
                 name, (args[0].detach(), out.detach())
             )
         )
@@ -145,17 +145,21 @@ def watched(net, run=logits):
     run(net)
     for hook in hooks:
         hook.remove()
-    return seen
+    return calls
 
 
 def kept_bytes(make, parameters):
-    """Bytes that `make()` keeps for its backward pass, each storage once and those of `parameters` not counted; and what it gives."""
-    seen, own = {}, {p.untyped_storage().data_ptr() for p in parameters}
+    """Bytes that `make()` saves for its backward pass, and its result.
+
+    Each storage counts once; storages of `parameters` do not count.
+    """
+    sizes = {}
+    excluded = {p.untyped_storage().data_ptr() for p in parameters}
 
     def pack(t):
-        seen[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        sizes[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
         return t
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         out = make()
-    return sum(size for pointer, size in seen.items() if pointer not in own), out
+    return sum(size for pointer, size in sizes.items() if pointer not in excluded), out

@@ -1,4 +1,4 @@
-"""Small files in the formats that datasets come in."""
+"""Write small files in the formats of datasets."""
 
 import hashlib
 import pickle
@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 
 BATCHES = (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch")
-# What most tests ask of a dataset: 8 x 8 pixels in colour, two classes.
+# Settings of most tests: images of 8 x 8 pixels in colour, two classes.
 SETTINGS = {
     "image_size": 8,
     "patch_size": 4,
@@ -76,7 +76,7 @@ def write_cifar_batches(root, n=8):
 
 
 def write_image(path, height, width, value=None, seed=0):
-    """An image file of one colour, or a random one; gives the path back."""
+    """Write an image of one colour, or else a random image; return the path."""
     path.parent.mkdir(parents=True, exist_ok=True)
     pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
     Image.fromarray(pixels if value is None else np.full_like(pixels, value)).save(path)
@@ -84,7 +84,7 @@ def write_image(path, height, width, value=None, seed=0):
 
 
 def write_folder(root, splits=(("train", 20), ("val", 4)), classes=("ant", "bee"), size=None):
-    """An image folder; images are of different sizes unless one is given, JPEG and PNG in turns."""
+    """Write an image folder with JPEG and PNG files, of several sizes if `size` is None."""
     for split, n in splits:
         for c, name in enumerate(classes):
             for i in range(n):
