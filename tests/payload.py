@@ -1,4 +1,4 @@
-"""What must never run when a file is read."""
+"""Code that must not run when a file is read."""
 
 import os
 

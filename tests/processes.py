@@ -1,4 +1,4 @@
-"""Several processes on one machine that train together, forked from a server that has imported all and run nothing.
+"""Processes that train together, forked from a server that has imported all modules.
 
 Autograd refuses to work in the fork of a process that ran compiled steps.
 """

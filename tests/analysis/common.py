@@ -1,4 +1,4 @@
-"""Nets of every kind of weight quantizer, and a small set of images, for the tests of analyses."""
+"""Models with each kind of weight quantizer, and a few images, for the tests of analyses."""
 
 import copy
 import functools

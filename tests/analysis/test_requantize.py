@@ -1,4 +1,4 @@
-"""Weights on other grids, for a while. Oracle: the quantizers themselves where nothing is changed, else values worked out by hand."""
+"""Weights that are moved to other grids temporarily. Oracle: the quantizers themselves where nothing is changed, else values worked out by hand."""
 
 import contextlib
 import functools

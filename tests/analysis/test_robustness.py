@@ -1,4 +1,4 @@
-"""What is evaluated, and what becomes of it. Oracle: the nets' own accuracy under each change, nets quantized by hand."""
+"""The changes that are evaluated, and their results. Oracle: the nets' own accuracy under each change, nets quantized by hand."""
 
 import dataclasses
 import functools

@@ -1,4 +1,4 @@
-"""Sensitivity of layers, and bits under a size. Oracle: nets with quantizers taken out, nets that were converted anew."""
+"""Sensitivity of layers, and bits for a size. Oracle: models without quantizers, and models that were converted again."""
 
 import copy
 import itertools

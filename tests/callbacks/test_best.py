@@ -1,4 +1,4 @@
-"""`best.ckpt` of a run that was resumed. Oracle: the run that was not."""
+"""`best.ckpt` of a resumed run. Oracle: the uninterrupted run."""
 
 import shutil
 

@@ -1,4 +1,4 @@
-"""The line an epoch prints. Oracle: what the trainer's own metrics say."""
+"""The line that each epoch logs. Oracle: the metrics of the trainer."""
 
 import logging
 import re

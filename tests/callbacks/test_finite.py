@@ -1,4 +1,4 @@
-"""A run that turns into NaN stops, names the place, and leaves good checkpoints. Oracle: where the test put the NaN."""
+"""A run with NaN stops, names the module, and keeps good checkpoints. Oracle: the module into which the test wrote NaN."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""`last.ckpt`. Oracle: the steps at which it has to be there."""
+"""`last.ckpt`. Oracle: the steps after which it must exist."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""A run that gets a signal. Oracles: the same run, uninterrupted; the step at which the signal was sent."""
+"""Runs that receive a signal. Oracles: the same run, uninterrupted; the step at which the signal was sent."""
 
 import os
 import signal

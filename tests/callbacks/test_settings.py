@@ -1,4 +1,4 @@
-"""Settings of callbacks that cannot work. Oracle: the table."""
+"""Invalid settings of callbacks. Oracle: the table of messages."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""The commands: arguments, lines on the terminal, exit codes. Oracles: Hydra's own grammar, `conf/`, and what a shell would see."""
+"""The commands: arguments, lines on the terminal, exit codes. Oracles: Hydra's own grammar, `conf/`, and the outputs of processes."""
 
 import errno
 import logging

@@ -1,4 +1,4 @@
-"""What every dataset shares. Oracles: arrays written here, properties, and loaders with another number of workers."""
+"""Features that all datasets share. Oracles: arrays written here, properties, and loaders with another number of workers."""
 
 from types import SimpleNamespace
 

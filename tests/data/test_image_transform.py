@@ -1,4 +1,4 @@
-"""One image as evaluation sees it. Oracle: the validation loader of the dataset that the image is from, bit for bit."""
+"""Preparation of a single image for evaluation. Oracle: the validation loader of the dataset that the image is from, bit for bit."""
 
 import io
 from pathlib import Path

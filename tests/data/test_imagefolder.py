@@ -1,4 +1,4 @@
-"""Image folders, ImageNet's among them. Oracles: torchvision's ImageFolder, timm's transforms, and pixels known by construction."""
+"""Image folders, including ImageNet. Oracles: torchvision's ImageFolder, timm's transforms, and pixels known by construction."""
 
 import os
 import shutil

@@ -1,4 +1,4 @@
-"""A loader that goes on in the middle of an epoch. Oracle: the same epoch from its start."""
+"""A loader that resumes within an epoch. Oracle: the same epoch from its start."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""What settings may hold. Oracle: the lines written down here."""
+"""Values of settings. Oracle: the messages in this file."""
 
 import math
 import re

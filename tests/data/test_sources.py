@@ -1,4 +1,4 @@
-"""Image files as they come: other modes, sizes and damages, in memory or decoded when needed.
+"""Image files of other modes and sizes, or damaged, in memory or decoded when needed.
 
 Oracle: Pillow's own `convert("RGB")`, as torchvision and timm load images, and pixels that are known by construction.
 """

@@ -1,4 +1,4 @@
-"""Datasets by their name in timm. Oracles: timm's own `create_dataset` on the same files, and what a folder of the same images gives."""
+"""Datasets by their names in timm. Oracles: timm's own `create_dataset` on the same files, and a folder of the same images."""
 
 import os
 import sys

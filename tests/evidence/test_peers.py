@@ -1,4 +1,4 @@
-"""Other libraries in the place of our nets. Oracle: codes counted; errors by hand; the table of a run."""
+"""Models of other libraries. Oracle: counted codes; errors by hand; the table of a run."""
 
 import csv
 from functools import partial

@@ -1,4 +1,4 @@
-"""What an ONNX graph contains, by name or by operator."""
+"""Read parts of an ONNX graph by name or operator."""
 
 import onnx
 

@@ -1,4 +1,4 @@
-"""ONNX files. Oracle: the net itself, run by torch."""
+"""ONNX files. Oracle: the model, run by torch."""
 
 import collections
 import gc

@@ -1,4 +1,4 @@
-"""Files of ExecuTorch. Oracle: the net itself, run by torch."""
+"""Files of ExecuTorch. Oracle: the model, run by torch."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Scales found by search. Oracle: every candidate tried one by one."""
+"""Scales from a search. Oracle: a loop over all candidates."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Distances between logits. Oracle: closed forms and torch's own losses."""
+"""Losses between logits. Oracle: closed forms and torch's own losses."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Packed codes. Oracle: the bits written out, and the way back."""
+"""Packed codes. Oracle: explicit bits, and unpacking."""
 
 import pytest
 import torch

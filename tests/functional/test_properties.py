@@ -1,4 +1,4 @@
-"""What holds for every input of every quantizer. Oracle: the property itself; inputs are finite floats of any size, denormals too."""
+"""Properties of all quantizers for all inputs: finite floats of any size, including denormals."""
 
 import functools
 

@@ -1,4 +1,4 @@
-"""StatsQ where goldens do not reach: memory, dtypes, bits. Oracle: its closed form, float32."""
+"""StatsQ beyond the golden cases: memory, dtypes, bits. Oracle: its closed form, float32."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Straight-through pieces. Oracle: closed forms."""
+"""Straight-through estimators. Oracle: closed forms."""
 
 import pytest
 import torch

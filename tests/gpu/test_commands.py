@@ -1,4 +1,4 @@
-"""The commands on a device. Oracle: the run that was not stopped, bit for bit; the same file and the same command on a CPU.
+"""Commands on a device. Oracle: the uninterrupted run, bit for bit; the same file and the same command on a CPU.
 
 They need Hydra and Lightning, which the rest of this folder does not.
 """

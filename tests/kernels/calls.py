@@ -1,4 +1,4 @@
-"""LSQ by `operators`, or by the kernels of `cpu` or `gpu`, with keywords, as tests call it."""
+"""LSQ by `operators`, or by the kernels of `cpu` or `gpu`, with keyword arguments."""
 
 import functools
 

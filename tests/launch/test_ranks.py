@@ -1,4 +1,4 @@
-"""Which processes a command starts. Oracle: written-out cases; tests/cli/test_commands.py has the processes themselves."""
+"""The processes that a command starts. Oracle: a table of cases; tests/cli/test_commands.py has the processes themselves."""
 
 import os
 import sys

@@ -1,4 +1,4 @@
-"""One run at a time in a directory. Oracle: the files that are there."""
+"""Locks of run directories. Oracle: the files in them."""
 
 import contextlib
 import errno

@@ -1,4 +1,4 @@
-"""Signals between handlers and those who look. Oracle: what Python's own handlers would do."""
+"""Signals that are handled later. Oracle: Python's own handlers."""
 
 import multiprocessing
 import os

@@ -1,4 +1,4 @@
-"""What a command finds when it starts. Oracle: the system's own answers, in a process of its own."""
+"""Settings of the process when a command starts. Oracle: a separate process."""
 
 import os
 import sys

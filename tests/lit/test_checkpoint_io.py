@@ -1,4 +1,4 @@
-"""Checkpoint files appear whole or not at all. Oracle: the files left after a write that dies."""
+"""Checkpoint files are complete or absent. Oracle: the files after an interrupted write."""
 
 import pathlib
 import pickle

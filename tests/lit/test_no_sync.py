@@ -1,4 +1,4 @@
-"""A training step never waits for the device: no operation whose result the host has to know.
+"""A training step never waits for the device: the host needs no result of an operation.
 
 A CPU waits for nobody, so the operations are looked for by name, while Lightning's own step runs; a number that is copied to the device has
 no operation, so the functions that do it are looked for.

@@ -1,4 +1,4 @@
-"""Which strategy a name stands for."""
+"""Strategies by name."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""A step of training without outputs, as terms on weights get it."""
+"""A training step without outputs, for loss terms on weights."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""Distillation of what blocks give. Oracle: the formula written out, and passes with hooks of the test's own."""
+"""Distillation of the outputs of blocks. Oracle: the formula, and forward passes with hooks."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Checkpoints. Oracle: the net that was saved, and one line for every file that is none."""
+"""Checkpoints. Oracle: the saved model, and a line about each file that is not a checkpoint."""
 
 import argparse
 import contextlib

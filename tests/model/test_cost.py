@@ -1,4 +1,4 @@
-"""What a net costs. Oracle: counted by hand for one block of width 32: 17 tokens, 2 heads of 16, MLP of 128, 10 classes."""
+"""Cost of a model. Oracle: counted by hand for one block of width 32: 17 tokens, 2 heads of 16, MLP of 128, 10 classes."""
 
 import pytest
 import timm

@@ -1,4 +1,4 @@
-"""What weight decay leaves alone. Oracle: the groups of timm's own optimizers."""
+"""Parameters without weight decay. Oracle: the groups of timm's own optimizers."""
 
 import copy
 

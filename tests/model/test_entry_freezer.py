@@ -1,4 +1,4 @@
-"""Entries that an optimizer may not move. Oracles: the same step on a parameter that is not held, and bit equality."""
+"""Entries that an optimizer must not change. Oracles: the same step on a parameter that is not frozen, and bit equality."""
 
 import pytest
 import torch

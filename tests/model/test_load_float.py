@@ -1,4 +1,4 @@
-"""Float models of files. Oracle: the float model from which a quantized one was made."""
+"""Float models from files. Oracle: the float model from which a quantized one was made."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Which matrix products run. Oracle: multiply-accumulates counted by hand."""
+"""Matrix products of a model. Oracle: multiply-accumulates counted by hand."""
 
 import torch
 from torch import nn

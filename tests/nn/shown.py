@@ -1,4 +1,4 @@
-"""Attentions of timm by themselves, as `convert` sees them, and their steps written out."""
+"""Single attentions of timm as `convert` sees them, and their formulas."""
 
 import copy
 

@@ -1,4 +1,4 @@
-"""Weights kept from one forward pass to the next. Oracle: a net that keeps none."""
+"""Weights that are cached between forward passes. Oracle: a model without cached weights."""
 
 import copy
 

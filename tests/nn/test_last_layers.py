@@ -1,4 +1,4 @@
-"""Which layers are heads and stems. Oracle: the forward methods of Transformers' classes, read by hand."""
+"""Layers that are heads and stems. Oracle: the forward methods of Transformers' classes, read by hand."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Which inputs are on unsigned grids. Oracle: the order of layers and activations, read by hand."""
+"""Inputs with unsigned grids. Oracle: the order of layers and activations, read by hand."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""Running a net from one of its modules on. Oracle: the whole forward, bit for bit."""
+"""Forward passes that begin at a module. Oracle: the whole forward pass, bit for bit."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""What quantizers say of their grid. Oracle: the codes and the values that they themselves give."""
+"""Grids of quantizers. Oracle: the codes and values that the quantizers compute."""
 
 import pytest
 import torch

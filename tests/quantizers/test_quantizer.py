@@ -1,4 +1,4 @@
-"""What all quantizers share. Oracle: every built-in name does the same things to the same tensors."""
+"""Properties of all built-in quantizers."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""From a name to a quantizer. Oracle: the class that comes out, and the message where none does."""
+"""Quantizers by name. Oracle: the class, or the message about an unknown name."""
 
 import pytest
 

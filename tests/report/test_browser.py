@@ -1,4 +1,4 @@
-"""The page in a browser. Oracle: what the browser itself says of it."""
+"""Reports in a browser. Oracle: the values that the browser reports."""
 
 import html
 import json

@@ -1,4 +1,4 @@
-"""The page of a run. Oracle: what was written into the run directory, and the rules of HTML."""
+"""Reports of runs. Oracle: the files of the run directory, and the rules of HTML."""
 
 import base64
 import json

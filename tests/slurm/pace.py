@@ -1,4 +1,4 @@
-"""A run that waits in the middle of a step until it may go."""
+"""A run that waits within a step for a signal."""
 
 import os
 import time

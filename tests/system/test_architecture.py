@@ -1,4 +1,4 @@
-"""What the package promises of itself: import directions, sizes, names."""
+"""Rules of the package: import directions, sizes, names."""
 
 import ast
 import collections

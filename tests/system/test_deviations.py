@@ -1,4 +1,4 @@
-"""Where we deliberately differ from the papers' code, one test each. Oracle: what the reference does, as read in its code and run."""
+"""Deliberate differences from the papers' code, with one test each. Oracle: what the reference does, as read in its code and run."""
 
 import dataclasses
 import re

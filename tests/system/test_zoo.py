@@ -1,4 +1,4 @@
-"""The nets that come with the repository. Oracles: what their cards say; their float arithmetic beside onnxruntime's on integers."""
+"""The models in `zoo/`. Oracles: their cards; integer arithmetic of onnxruntime."""
 
 import json
 import os

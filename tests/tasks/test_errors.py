@@ -1,4 +1,4 @@
-"""Mistakes of a first hour: what is typed, and the one line that answers it before the first step. Oracle: the table.
+"""Mistakes of new users: the arguments, and the line that is printed before the first step.
 
 Those that belong to one feature are in the test of that feature, as `test_evaluate.py`.
 """

@@ -1,4 +1,4 @@
-"""What recipes of vision transformers are made of, switched on by config. Oracles: hand computation over the steps of the same run."""
+"""Parts of training recipes for vision transformers, switched on by the config. Oracles: hand computation over the steps of the same run."""
 
 from types import SimpleNamespace
 

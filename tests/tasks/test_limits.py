@@ -1,4 +1,4 @@
-"""Runs that a limit of steps, of time or of patience ends. Oracle: the same run without it, or with a later one from the start."""
+"""Runs that end at a limit of steps, time or patience. Oracle: the same run without the limit, or with a later one."""
 
 import shutil
 

@@ -1,4 +1,4 @@
-"""Switches of how a step is computed. Oracle: the run without the switch."""
+"""Options that change how a step is computed. Oracle: the run without the option."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""A run of several processes. Oracle: the same run in one, with the same global batch."""
+"""Runs with several processes. Oracle: the same run in one process, with the same global batch."""
 
 import logging
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""`report.html` of commands. Oracle: the files of the run beside it; `report=false`, which leaves a run without it."""
+"""`report.html` of commands. Oracle: the files of the run, and runs with `report=false`."""
 
 import errno
 import shutil

@@ -1,4 +1,4 @@
-"""A run that was stopped goes on as if nothing had happened. Oracle: the same run, uninterrupted."""
+"""Resumed runs. Oracle: the same run without interruption."""
 
 import resource
 import shutil

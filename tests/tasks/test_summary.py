@@ -1,4 +1,4 @@
-"""The first lines of a run. Oracle: the report that they condense."""
+"""The first lines of a run. Oracle: the conversion report."""
 
 import re
 

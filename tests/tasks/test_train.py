@@ -1,4 +1,4 @@
-"""Training runs from config to files. Oracles: what the files say about each other, and nets rebuilt from them."""
+"""Training runs. Oracles: their files, and models rebuilt from them."""
 
 import os
 import re

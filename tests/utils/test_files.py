@@ -1,4 +1,4 @@
-"""Atomic files. Oracle: what a reader finds afterwards."""
+"""Atomic files. Oracle: the files after each write."""
 
 import argparse
 import contextlib

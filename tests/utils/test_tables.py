@@ -1,4 +1,4 @@
-"""Tables as text. Oracle: the tables written down here."""
+"""Tables as text. Oracle: the tables in this file."""
 
 from qat.utils.tables import text_table
 

@@ -1,4 +1,4 @@
-"""Names on their way to a terminal. Oracle: what a terminal acts upon, and what UTF-8 cannot say."""
+"""Names that are printed on a terminal. Oracle: control characters, and text that UTF-8 cannot encode."""
 
 import os
 import unicodedata

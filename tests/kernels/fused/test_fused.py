@@ -1,4 +1,4 @@
-"""What fused Functions keep, refuse and multiply. Oracle: the Function itself where it keeps all; results are in tests/nn/test_fused_nets.py."""
+"""What fused Functions save, refuse and multiply. Oracle: the same Function when it saves everything; results are in tests/nn/test_fused_nets.py."""
 
 import sys
 
