@@ -33,7 +33,7 @@ class Send(Callback):
 
 
 def stopped(run_dir, sender, *overrides):
-    """Run the command until a signal ends it; gives the exit code."""
+    """Run the command until a signal ends it, and return the exit code."""
     settings = (*SETTINGS, "checkpoint.every_n_steps=null", f"run_dir={run_dir}", *overrides)
     with added(sender), pytest.raises(SystemExit) as stop:
         job.run_task(compose("train", *settings))

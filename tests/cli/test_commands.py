@@ -35,7 +35,7 @@ SEND = (
 
 
 def command(script, *overrides, cwd):
-    """Run one of the root scripts as a process; gives exit code, output and errors."""
+    """Run one of the root scripts as a process, and return exit code, output and errors."""
     unset = dict.fromkeys(name for name in os.environ if name.startswith(("SLURM", "HYDRA")))
     done = run_python(str(ROOT / script), *overrides, cwd=cwd, **unset, OMP_NUM_THREADS="1")
     return done.returncode, done.stdout, done.stderr

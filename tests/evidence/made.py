@@ -33,7 +33,7 @@ RECORD = Record(
 
 
 def claim(folder, name="C1", **settings):
-    """Write a claim file; gives its path."""
+    """Write a claim file, and return its path."""
     path = folder / "claims" / f"{name.lower()}.yaml"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(yaml.safe_dump({"id": name, **SAID, "arms": ARMS, **settings}, sort_keys=False))

@@ -14,7 +14,7 @@ HERE = Path(__file__).resolve().parent
 
 
 def main() -> int:
-    """Run the tests of this folder alone; gives pytest's exit code."""
+    """Run the tests of this folder alone, and return pytest's exit code."""
     has_device = torch.cuda.is_available()
     if not has_device:
         os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is imported

@@ -1,4 +1,4 @@
-"""Ways of running a net beside each other: errors of logits and gradients as |found - expected| / |expected|.
+"""Compare ways of running a model: errors of logits and gradients as |found - expected| / |expected|.
 
 A value that lies halfway between codes goes to either side, and takes all that depends on it along, so every error stands beside that of a
 control: the expected way of running with parameters that differ by a rounding error, the worst of several such nets, as some meet a value

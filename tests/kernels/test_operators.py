@@ -147,7 +147,7 @@ def test_what_traces_a_net_sees_what_it_computes(trace, attention):
 
 
 class Written(nn.Module):
-    """Writes into what a LayerNorm gave, in place or beside it."""
+    """Writes into the output of a LayerNorm, or into a copy of it."""
 
     def __init__(self, *, in_place):
         super().__init__()

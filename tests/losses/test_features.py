@@ -13,7 +13,7 @@ from tests.errors import usage_error
 
 
 def blocks_of(net, images):
-    """What each block gives."""
+    """Output of each block."""
     seen = []
     hooks = [
         block.register_forward_hook(lambda m, a, out: seen.append(out)) for block in net.blocks

@@ -30,7 +30,7 @@ def pair(name=tiny.VIT, method="compensate", **knobs):
 
 
 def outputs(net, layer, images):
-    """What a layer gives, channels last."""
+    """Output of a layer, channels last."""
     seen = []
     handle = net.get_submodule(layer).register_forward_hook(lambda _m, _a, y: seen.append(y))
     with torch.no_grad():

@@ -63,7 +63,7 @@ class Job:
         self.scheduler.call("scancel", *options, self.number)
 
     def held(self, processes):
-        """Wait until the processes are in the middle of a step; gives their numbers."""
+        """Wait until the processes are in the middle of a step, and return their numbers."""
         signs = [self.run_dir / f"waiting-{rank}" for rank in range(processes)]
         self.scheduler.until(
             lambda: held(signs) or self.scheduler.end(self.number),
@@ -75,7 +75,7 @@ class Job:
         return [int(sign.read_text()) for sign in signs]
 
     def ended(self, state="COMPLETED"):
-        """Wait for the end in a state; gives what was printed."""
+        """Wait for the end in a state, and return what was printed."""
         self.scheduler.wait(self.number, state, 240, self.output)
         said = self.output.read_text()
         log.info("job %s, %s:\n%s", self.number, state, said)
@@ -97,7 +97,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module", autouse=True)
 def jobs(scheduler, folder):
-    """Those that nobody has to wait for."""
+    """Jobs that run in parallel with other tests."""
     # The names of the two nodes do not resolve.
     pair = ["--partition=pair", "--nodes=2", "--export=ALL,MASTER_ADDR=127.0.0.1"]
     plain = SCRIPT.replace("srun python", "python")

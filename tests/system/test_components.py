@@ -1,4 +1,4 @@
-"""Each part of a recipe is switched alone from the command line. Oracle: which quantizers are left, and what a step of training moves."""
+"""Each part of a recipe is switched off on the command line. Oracle: the remaining quantizers, and the parameters that a step changes."""
 
 import pytest
 

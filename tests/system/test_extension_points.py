@@ -182,7 +182,7 @@ YAMLS = {
 
 @pytest.fixture
 def extended(tmp_path, monkeypatch):
-    """A folder beside the package with python files and a config folder, found by both; gives the override."""
+    """A folder beside the package with python files and a config folder, found by both, and return the override."""
     for name, text in FILES.items():
         (tmp_path / f"ext_{name}.py").write_text(textwrap.dedent(text))
     for name, text in YAMLS.items():
@@ -230,7 +230,7 @@ def half_steps(tmp_path, extended):
 
 
 def exported(folder, run, *overrides):
-    """Export the last checkpoint; gives the results."""
+    """Export the last checkpoint, and return the results."""
     checkpoint = f"ckpt={run}/checkpoints/last.ckpt"
     settings = (checkpoint, f"run_dir={folder}", "model.imports=[ext_half]", *overrides)
     export(compose("export", *settings))

@@ -23,7 +23,7 @@ SMALL = ("analysis.parts=[steps,bits]", "analysis.ratios=3", "analysis.bits=[2,4
 
 
 def analyze(run_dir, *overrides):
-    """Analyse; gives the results back."""
+    """Analyse, and return the results."""
     task(compose("analyze", f"run_dir={run_dir}", *overrides))
     return results(run_dir)
 

@@ -1,4 +1,4 @@
-"""`eval.py`: a net from its file alone. Oracle: logits of the rebuilt net, counted here."""
+"""`eval.py`: evaluation of a file. Oracle: logits of the rebuilt model."""
 
 import shutil
 

@@ -37,7 +37,7 @@ class Steps(Callback):
 
 
 def watched(run_dir, *overrides):
-    """Train; gives what `Steps` saw."""
+    """Train, and return what `Steps` saw."""
     steps = Steps()
     with added(steps):
         train(run_dir, *overrides)

@@ -95,6 +95,6 @@ def test_a_limit_of_time_waits_for_the_step(tmp_path, monkeypatch):
 
 
 def test_the_last_step_is_validated(ten):
-    """The score beside a file is that of its weights."""
+    """The recorded score of a file is the score of its weights."""
     rows = [row for row in metrics(ten) if "val/top1" in row]
     assert [int(row["step"]) for row in rows] == [3, 7, 9]

@@ -57,7 +57,7 @@ def photos(tmp_path):
 
 
 def predict(run_dir, *overrides):
-    """Run the command's task; gives the header and the rows of its file."""
+    """Run the command's task, and return the header and the rows of its file."""
     from qat.tasks.evaluate import evaluate
 
     assert evaluate(compose("eval", f"run_dir={run_dir}", *overrides)) is None

@@ -23,7 +23,7 @@ MODEL = ("model=vit_tiny_demo", *(o for o in TINY if "model.args" in o))
 
 
 def quantize(run_dir, *overrides):
-    """Quantize; gives the results back."""
+    """Quantize, and return the results."""
     from qat.tasks.ptq import ptq as task
 
     task(compose("ptq", f"run_dir={run_dir}", *overrides))

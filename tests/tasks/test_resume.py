@@ -75,7 +75,7 @@ def metrics(run_dir):
 
 
 def assert_same_checkpoint(run_dir, full, *averages):
-    """Weights, averages and moments of two runs are equal; gives the checkpoint of the second."""
+    """Weights, averages and moments of two runs are equal, and return the checkpoint of the second."""
     ours, theirs = last(run_dir), last(full)
     assert (ours["global_step"], ours["epoch"]) == (theirs["global_step"], theirs["epoch"])
     for key in ("state_dict", *averages):
@@ -214,7 +214,7 @@ DAMAGES = {
 
 
 def resumed(run_dir):
-    """Where a run would go on."""
+    """The checkpoint from which a run would resume."""
     cfg = compose("train", *SETTINGS, f"run_dir={run_dir}", "resume=auto")
     return find_resume(cfg, build.build_recipe(cfg), build.model_args(cfg))
 

@@ -1,4 +1,4 @@
-"""Frozen and packed floats in blocks, and of 8 bits. Oracles: the net they were made of, bit for bit; torchao's tensors, torch's E4M3 type."""
+"""Frozen and packed floats in blocks, and of 8 bits. Oracles: the model before freezing, bit for bit; torchao's tensors, torch's E4M3 type."""
 
 import pytest
 import safetensors.torch
