@@ -77,6 +77,7 @@ def requantize(
 def nearest_power_of_two(x: Tensor) -> Tensor:
     """Nearest power of two on a logarithmic scale, for x of at least 0; 0 stays 0."""
     mantissa, exponent = torch.frexp(x)
+    # In float64, because float32 would round sqrt(1/2) down.
     rounded_exponent = torch.where(mantissa.double() >= 0.5**0.5, exponent, exponent - 1)
     return torch.where(x > 0, torch.ldexp(torch.ones_like(x), rounded_exponent), x)
 

@@ -52,7 +52,8 @@ def to_hydra(arguments: Sequence[str]) -> list[str]:
 def _quote_path(value: str, *, is_multirun: bool) -> str:
     """Quote a path that Hydra would refuse, and every path that it would read as a number or bool.
 
-    The value may also be a list or, in a multirun, a sweep; its `range` or `interval` stays as is.
+    The value may also be a list or, in a multirun, a sweep; a value with `range` or `interval`
+    stays as is.
     """
     is_sweep = is_multirun and SWEEP.search(value)
     if not (PLAIN.fullmatch(value) or GRAMMAR.match(value) or is_sweep):

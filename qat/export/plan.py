@@ -496,5 +496,5 @@ def _plan_activation_product(a: QuantizedTensor, b: QuantizedTensor, step: Tenso
         columns=da,
         constant=constant,
         left=ca,
-        left_scale=sb / step,
+        left_scale=None if ca is None else sb / step,
     )

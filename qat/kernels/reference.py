@@ -34,13 +34,14 @@ def kernels_agree(
 ) -> bool:
     """True if LSQ kernels agree with the reference: exactly, or in scale gradients up to rounding.
 
-    Gradients of offsets are not compared. Inputs include values inside and outside of the range.
+    False also if they do not support the tensors. Gradients of offsets are not compared. Inputs
+    include values inside and outside of the range.
 
     Args:
         forward: `lsq_forward` of `cpu` or `gpu`.
         backward: `lsq_backward` of the same module.
         device: device of the inputs.
-        code_ranges: ranges to compare, with axis 1 of tensors (3, 4, 37).
+        code_ranges: ranges to compare, whose axis is 1; the tensors have shape (3, 4, 37).
     """
     x = torch.linspace(-9, 9, 4 * 37 * 3, device=device, dtype=torch.float32).reshape(3, 4, 37)
     scale = torch.tensor([0.5, 1.0, 0.3, 2.0], device=device, dtype=torch.float32)
@@ -48,7 +49,17 @@ def kernels_agree(
     for codes in code_ranges:
         q = LSQParams(scale, offset, offset, None, codes)
         grad_x = torch.empty_like(x)
-        results = backward(x, x, q, grad_x, torch.float32, None, None, Producer(), with_after=False)
+        results = backward(
+            grad=x,
+            x=x,
+            q=q,
+            out=grad_x,
+            dequantized=torch.float32,
+            weight=None,
+            bias=None,
+            producer=Producer(),
+            with_after=False,
+        )
         if results is None:  # the kernels do not support these tensors
             return False
         grad_scale, _, dequantized = results

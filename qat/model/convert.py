@@ -301,8 +301,8 @@ def _transformers_heads(net: nn.Module, input_size: tuple[int, int, int]) -> dic
         return {}
     with probing(net, ()):
         heads = last_layers(net, models, zero_image(net, input_size))
-    names = net.named_modules(remove_duplicate=False)
-    return {name: "head" for name, module in names if module in heads}
+    named_modules = net.named_modules(remove_duplicate=False)  # a shared layer has several names
+    return {name: "head" for name, module in named_modules if module in heads}
 
 
 def recipe_of(net: nn.Module) -> QuantRecipe | None:

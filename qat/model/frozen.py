@@ -111,8 +111,9 @@ class FrozenBlocks(FrozenWeight):
         codes, factors, tensor_scale = block_float_codes(
             weight.movedim(quantizer.dim, -1), quantizer.form
         )
-        is_power_of_two = tensor_scale is None
-        scale_dtype = torch.float8_e8m0fnu if is_power_of_two else torch.float8_e4m3fn
+        # Blocks of MX formats have powers of two as scales; NVFP4 has E4M3 numbers, and a scale of
+        # the whole tensor.
+        scale_dtype = torch.float8_e8m0fnu if tensor_scale is None else torch.float8_e4m3fn
         scale = factors.to(scale_dtype).view(torch.uint8)
         stored = codes.movedim(-1, quantizer.dim).contiguous()
         super().__init__(quantizer.spec, quantizer.axis, name, (stored, scale, None, None))

@@ -405,7 +405,7 @@ def _model_card(net: nn.Module, config: Mapping[str, Any], license: str, source:
 {data.to_yaml()}
 ---
 
-# {_escape_markdown(config["architecture"])}{", quantized" if conversion else ""}
+# {_escape_markdown(hf_class or config["architecture"])}{", quantized" if conversion else ""}
 
 | | |
 |---|---|

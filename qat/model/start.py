@@ -275,14 +275,14 @@ def _replace_heads(
     """Replace each head that is missing or has another class count; with num_classes=0, remove it.
 
     Returns:
-        The new state; a note for each new head; and a description of the difference, or "".
+        The new state; a note for each new head; and a description of the first difference, or "".
     """
     notes = []
     difference = ""
     names = [classifier] if isinstance(classifier, str) else classifier
     for name in names:
         if f"{name}.weight" not in own_state:  # num_classes=0
-            # A head such as LeViT's has a norm, too.
+            # Remove the module around the classifier as well: LeViT's also has a norm.
             parent = name.rpartition(".")[0] or name
             state = {
                 key: tensor

@@ -52,6 +52,7 @@ def transformers_model(architecture: str, config: Mapping[str, Any], **_: Any) -
     Args:
         architecture: name of a class of the package.
         config: settings of its config class.
+        _: other arguments of `timm.create_model`, such as `pretrained`; not used.
 
     Raises:
         ValueError: the package is not installed, or has no such class; or a setting is invalid.
@@ -154,6 +155,7 @@ class TransformersClassifier(nn.Module):
             if isinstance(module, nn.Conv2d):
                 convolutions.append(name)
             fits_classes = isinstance(module, nn.Linear) and module.out_features == num_classes
+            # A layer of the body may have `num_classes` outputs by chance.
             if fits_classes and not name.startswith(body):
                 classifiers.append(name)
         if not classifiers:

@@ -228,7 +228,8 @@ class AutoSignLSQ(LSQ):
         """The mean step size of all batches for each sign, as a later batch may change the sign."""
         steps = {}
         if self.spec.step_init == "lsq":
-            # With bounds -1 and 1, `lsq_init_scale` is twice the mean magnitude.
+            # As in OFQ, the step size is 2 mean|x| / sqrt(qmax) for both signs; `lsq_init_scale`
+            # would double it for unsigned codes. With bounds -1 and 1, it is 2 mean|x|.
             twice_mean_abs = running_mean(state, lsq_init_scale(x, -1, 1, self.axis))
             for signed, (_, qmax) in self.bounds_by_sign.items():
                 steps[signed] = twice_mean_abs / qmax**0.5

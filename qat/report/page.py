@@ -167,7 +167,7 @@ def _table(path: Path, folder: Path, names: Sequence[str] = ()) -> list[Row]:
 
 
 def _float_cost(folder: Path) -> dict[str, float]:
-    """Cost of the float model, from the cost analysis in the folder; empty if unknown."""
+    """Cost of the first model in float, from the cost analysis in the folder; empty if unknown."""
     summary = json_object(folder / ANALYSES / "cost.json", folder).get("summary", {})
     cost: dict[str, Any] = next(iter(summary.values()), {})
     return cost.get("in_float") or {}

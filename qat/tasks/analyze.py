@@ -114,8 +114,9 @@ def _single_device(cfg: DictConfig) -> torch.device:
     """The device of an analysis; raise `UsageError` unless it is one device with float32."""
     trainer = fit.build_trainer(cfg, [], [])
     if trainer.world_size > 1:
+        name = "num_nodes" if trainer.num_devices == 1 else "devices"
         raise UsageError(
-            f"trainer.devices={cfg.trainer.devices!r}: analyses run on one device; must be 1"
+            f"trainer.{name}={cfg.trainer[name]!r}: analyses run on one device; must be 1"
         )
     if trainer.precision != "32-true":
         raise UsageError(

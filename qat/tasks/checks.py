@@ -327,7 +327,7 @@ def check_patches(net: nn.Module, data: ImageData) -> None:
     if any(image_size % side for side in patch_size):
         raise UsageError(
             f"data.image_size={image_size}: must be a multiple of the model's patch size "
-            f"{patch_size[0]} (data.patch_size)"
+            f"{' x '.join(map(str, patch_size))} (data.patch_size)"
         )
 
 

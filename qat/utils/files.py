@@ -288,10 +288,10 @@ def hash_tensors(tensors: Iterable[Tensor]) -> str:
 
 
 def check_bounds(value: object) -> None:
-    """Check that the nested dicts and lists of a file are within limits.
+    """Check that the nested dicts, lists and tuples of a file are within limits.
 
     Raises:
-        ValueError: a value is inside `MAX_NESTING` or more dicts and lists, or there are more than
+        ValueError: a value is inside `MAX_NESTING` or more of them, or there are more than
             `MAX_VALUES` values; shared values count each time.
     """
     level = [value]
@@ -308,7 +308,7 @@ def check_bounds(value: object) -> None:
         num_values += len(next_level)
         level = next_level
     if level:
-        raise ValueError(f"is nested more than {MAX_NESTING} deep")
+        raise ValueError(f"has values at a depth of {MAX_NESTING} or more")
 
 
 def check_tensors(tensors: Mapping[str, Tensor], origin: str, size: int) -> None:

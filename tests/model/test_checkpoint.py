@@ -434,7 +434,7 @@ DEEP = {"nested": nested(150)}
             "an image of (1, 8000, 8000) takes",
         ),
         ({"input_size": [1, 10**6, 10**6]}, OTHER_KIND),
-        ({"data": DEEP}, "was not written by qat (is nested more than 32 deep"),
+        ({"data": DEEP}, "was not written by qat (has values at a depth of 32 or more"),
         (
             {"classes": shared(30)},
             "was not written by qat (contains more than 1000000 values",
