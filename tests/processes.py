@@ -18,7 +18,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 def in_processes(
     count: int, function: Callable[..., Any], *args: Any, timeout: float = 120
 ) -> list[str]:
-    """Call a function of a module in processes, as torchrun would place them, and return what each raised, "" for nothing."""
+    """Call a function in processes as torchrun would; return the error of each, "" if there is none."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

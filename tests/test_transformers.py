@@ -63,7 +63,9 @@ def test_from_pretrained_gives_the_model_again(net, folder, options, tmp_path):
 )
 def test_the_card_names_the_task(kind, task, tmp_path):
     folder = qat.save_pretrained(KINDS[kind].build(), tmp_path / "net")
-    assert f"pipeline_tag: {task}\n" in (folder / "README.md").read_text()
+    card = (folder / "README.md").read_text()
+    assert f"pipeline_tag: {task}\n" in card
+    assert f"\n# {kind}\n" in card
 
 
 def test_another_dtype(net, folder, tmp_path):

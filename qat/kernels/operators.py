@@ -144,16 +144,10 @@ def lsq_backward(grad: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, Tensor, T
             return _replace_none(grad_scale, sums, y, out)
     if producer.needs_recompute:
         quantizer_input, *saved = producer.forward(x, weight, bias)
-        no_norm = (None, None)
+        q_args = operator_args(q)
+        no_producer = (None, None, *Producer())
         grad_scale, sums, y = lsq_backward(
-            grad,
-            quantizer_input,
-            *operator_args(q),
-            with_after,
-            out,
-            dequantized,
-            *no_norm,
-            *Producer(),
+            grad, quantizer_input, *q_args, with_after, out, dequantized, *no_producer
         )
         grad_x, *norm_grads = producer.backward(out, x, weight, bias, *saved)
         if grad_x is not out:

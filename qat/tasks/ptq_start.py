@@ -69,16 +69,16 @@ def build_reconstruct(cfg: DictConfig, method: str) -> ReconstructSettings | Non
         UsageError: a key is unknown, a value is invalid, or a setting was changed that `method`
             does not read.
     """
-    defaults = ReconstructSettings(seed=cfg.seed)
     group = build.to_plain(cfg.ptq).get("reconstruct") or {}
     settings = build.build_settings(ReconstructSettings, "ptq.reconstruct", group)
     if method == "reconstruct":
         return settings
-    for name in group:
-        if getattr(settings, name) != getattr(defaults, name):
+    defaults = ReconstructSettings(seed=cfg.seed)
+    for name, value in group.items():
+        if value != getattr(defaults, name):
             raise UsageError(
-                f"ptq.reconstruct.{name}: is read only with ptq.method=reconstruct, not "
-                f"{method}; use ptq=reconstruct_w4a4, for example"
+                f"ptq.reconstruct.{name}={value!r}: is used only if ptq.method is reconstruct, as "
+                f"in ptq=reconstruct_w4a4; here it is {method}"
             )
     return None
 
@@ -102,11 +102,9 @@ def check_run_dir(cfg: DictConfig) -> None:
             "a dry run must have resume=false and another run_dir"
         )
     # Even `overwrite` leaves files of other commands, which a report would mix with new ones.
-    outputs.check_own(run_dir, cfg.command)
-    if cfg.overwrite:
-        return
-    if cfg.resume:
-        outputs.check_own(run_dir, cfg.command, origin(cfg))
+    is_resumed = cfg.resume and not cfg.overwrite
+    outputs.check_own(run_dir, cfg.command, origin(cfg) if is_resumed else None)
+    if cfg.resume or cfg.overwrite:
         return
     used_files = outputs.used_files(run_dir)
     if used_files:

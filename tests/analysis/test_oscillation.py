@@ -15,7 +15,7 @@ LINES = [",,0,0.1,0.15,4", "0,,,,,4", ",0.25,100,0.3,0.35,9", ",0.5,120,0.2,0.2,
 
 
 def write_run(folder, lines=LINES, header=HEADER):
-    """A run directory, and return the net of its checkpoint."""
+    """Write a run directory, and return the net of its checkpoint."""
     folder.mkdir(parents=True)
     (folder / "metrics.csv").write_text("\n".join([header, *lines]) + "\n")
     return StudiedNet(

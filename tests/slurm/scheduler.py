@@ -176,7 +176,7 @@ class Scheduler:
         return state if state not in {"PENDING", "RUNNING", "COMPLETING", "CONFIGURING"} else None
 
     def until(self, condition, what, seconds=60, output=None):
-        """Wait for something, and return what the condition gave."""
+        """Wait until a condition is true, and return its value."""
         deadline = time.monotonic() + seconds
         while not (found := condition()):
             if time.monotonic() > deadline:

@@ -182,7 +182,7 @@ YAMLS = {
 
 @pytest.fixture
 def extended(tmp_path, monkeypatch):
-    """A folder beside the package with python files and a config folder, found by both, and return the override."""
+    """Write a folder with Python files and configs that Python and Hydra find; return the override."""
     for name, text in FILES.items():
         (tmp_path / f"ext_{name}.py").write_text(textwrap.dedent(text))
     for name, text in YAMLS.items():

@@ -139,6 +139,7 @@ MISTAKES = {
     "analysis=robustness ckpt=[{four},{cropped}]": "ckpt='{cropped}': the data have crop_pct 0.5, but the data of '{four}' have None; ",
     "analysis=robustness ckpt=[{four},{fashion}]": "ckpt='{fashion}': the data have class FashionMnist, but the data of '{four}' have Digits; ",
     "analysis=cost trainer.devices=2 ckpt={four}": "trainer.devices=2: analyses run on one device; must be 1",
+    "analysis=cost +trainer.num_nodes=2 ckpt={four}": "trainer.num_nodes=2: analyses run on one device; must be 1",
     "analysis=cost trainer.precision=bf16-mixed ckpt={four}": "trainer.precision='bf16-mixed': analyses run in float32; must be 32-true",
     "analysis=oscillation ckpt={four}": "ckpt='{four}': this run did not track oscillation; train with callbacks=[default,oscillation]",
     "analysis=weights ckpt={frozen} data=digits": "patch_embed.proj.weight_quantizer contains only integer codes; ",

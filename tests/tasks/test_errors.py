@@ -93,7 +93,7 @@ TRAIN = [
     # data and model
     *((f"data.batch_size={v}", rf"data\.batch_size={s}: {WHOLE} 1") for v, s in shown("0 x")),
     ("data.num_workers=-1", rf"data\.num_workers=-1: {WHOLE} 0"),
-    ("data.image_size=10", r"data\.image_size=10: must be a multiple of the model's patch size 4"),
+    ("data.image_size=10", r"data\.image_size=10: must be a multiple of the model's patch size 4 x 4 "),
     ("data.num_classes=3", r"data\.num_classes=3: labels must be from 0 to 2; the train split has 9"),
     ("data=cifar10 data.root=/nowhere", r"data\.root='/nowhere': must be the folder that contains "),
     *(
@@ -150,8 +150,8 @@ TRAIN = [
     ("+callbacks.best.save_last=true", r"both write last\.ckpt"),
     ("callbacks.best.filename=last", r"callbacks\.(best and callbacks\.last|last and callbacks\.best): both write last\.ckpt"),
     ("callbacks=[default,best_k] callbacks.best_k.filename=best callbacks.best_k.save_top_k=1", r"callbacks\.\w+ and callbacks\.\w+: both write best\.ckpt"),
-    ("callbacks.best.filename=last callbacks.best.dirpath=${run_dir}/x/../checkpoints", r"both write last\.ckpt"),
-    ("callbacks.last.dirpath=elsewhere", r"callbacks\.last\.dirpath='.*': must be null; a run resumes from"),
+    ("callbacks.best.filename=last +callbacks.best.dirpath=${run_dir}/x/../checkpoints", r"both write last\.ckpt"),
+    ("+callbacks.last.dirpath=elsewhere", r"callbacks\.last\.dirpath='.*': must be null; a run resumes from"),
     ("callbacks=[default,early_stop] callbacks.early_stop.patience=-1", rf"callbacks\.early_stop\.patience=-1: {WHOLE} 0"),
     ("callbacks=[default,early_stop] callbacks.early_stop.min_delta=nan", rf"callbacks\.early_stop\.min_delta=nan: {NUMBERS} 0"),
     ("callbacks=[default,early_stop] trainer.limit_val_batches=0", r"trainer\.limit_val_batches=0: callbacks\.early_stop needs val/top1; must be above 0"),

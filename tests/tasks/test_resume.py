@@ -75,7 +75,7 @@ def metrics(run_dir):
 
 
 def assert_same_checkpoint(run_dir, full, *averages):
-    """Weights, averages and moments of two runs are equal, and return the checkpoint of the second."""
+    """Compare weights, averages and moments of two runs; return the checkpoint of the second."""
     ours, theirs = last(run_dir), last(full)
     assert (ours["global_step"], ours["epoch"]) == (theirs["global_step"], theirs["epoch"])
     for key in ("state_dict", *averages):
